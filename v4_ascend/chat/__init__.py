@@ -1,0 +1,1 @@
+"""Chat: prompts as DeepSeek encodes them, completions parsed back."""

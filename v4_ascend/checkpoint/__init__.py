@@ -1,0 +1,1 @@
+"""Checkpoints: reading, checking and writing the official layout."""

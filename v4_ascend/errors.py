@@ -1,0 +1,108 @@
+"""Every error a user can meet, and the exit code each one ends a command with.
+
+V4AscendError                1  the work failed
+  CheckpointError            1  a checkpoint is damaged, incomplete or not what its config says
+  UnsupportedOpError         1  no kernel on this device accepts the call
+  KernelRegistrationError    1  two kernels of one name, or one with another signature
+  ConfigError                2  a file, option or value is wrong; `where` says the place
+    NotYetError              2  the key is known, its feature is not built yet
+  RequestError               2  an API request is wrong (HTTP 400, or its own status)
+  PlanError                  3  it does not fit, or no layout is legal
+  BackendUnavailableError    4  the device or its library is not on this machine
+  PortInUseError             4  the port we were asked to listen on is taken
+  ParityError                5  two sides disagree
+  DeployError                6  a deployment failed to start or died
+  DeadlineError              7  something did not happen in time
+
+A message reads: where: what is wrong, with the value; what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class V4AscendError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+    exit_code = 1
+
+
+class CheckpointError(V4AscendError):
+    """A checkpoint is damaged, incomplete or not what its config says."""
+
+
+class UnsupportedOpError(V4AscendError):
+    """No kernel on this device accepts the call."""
+
+    def __init__(self, op: str, device: str, call: str, refusals: Sequence[str]) -> None:
+        reasons = "\n".join(f"  - {r}" for r in refusals) or "  - no kernel is registered"
+        super().__init__(
+            f"{op} cannot run on {device}: {call}\n{reasons}\n"
+            f"  to run the reference on {device} instead (slow): runtime.fallback: reference"
+        )
+
+
+class KernelRegistrationError(V4AscendError):
+    """A kernel was declared wrongly; raised at import."""
+
+
+class ConfigError(V4AscendError):
+    """A configuration value is wrong; `where` is ``file:line``, an option or a key."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.where = where
+
+
+class NotYetError(ConfigError):
+    """The key is part of the schema; what it asks for is not built yet."""
+
+
+class RequestError(V4AscendError):
+    """An API request is wrong; `param` names the field, `status` is the HTTP status."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+class PlanError(V4AscendError):
+    """It does not fit, or no layout is legal."""
+
+    exit_code = 3
+
+
+class BackendUnavailableError(V4AscendError):
+    """The device or its library is not on this machine."""
+
+    exit_code = 4
+
+
+class PortInUseError(V4AscendError):
+    """The port we were asked to listen on is taken."""
+
+    exit_code = 4
+
+
+class ParityError(V4AscendError):
+    """Two sides that must agree do not."""
+
+    exit_code = 5
+
+
+class DeployError(V4AscendError):
+    """A deployment failed to start or died."""
+
+    exit_code = 6
+
+
+class DeadlineError(V4AscendError):
+    """Something did not happen in time."""
+
+    exit_code = 7

@@ -1,0 +1,1 @@
+"""The DeepSeek-V4 network, built from ops."""

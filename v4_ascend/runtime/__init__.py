@@ -1,0 +1,1 @@
+"""Runtime: caches, scheduler, engine, HTTP front."""
