@@ -1,0 +1,226 @@
+"""What an operator is: a reference, the cases that test it, the kernels that run it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+import torch
+
+from v4_ascend.errors import KernelRegistrationError, UnsupportedOpError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+OPS: dict[str, Op[..., Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a kernel may be from the reference. Every gate must hold.
+
+    `rtol`/`atol` bound each element; `diff` bounds the whole tensor:
+    ``1 - 2<x, y> / (<x, x> + <y, y>)``, which sees a small bias that
+    elementwise bounds let through.
+    """
+
+    rtol: float
+    atol: float
+    diff: float
+
+
+EXACT = Tolerance(rtol=0.0, atol=0.0, diff=0.0)
+# One rounding of the output, plus a reordered fp32 sum.
+ROUNDED = {
+    torch.bfloat16: Tolerance(rtol=2**-7, atol=1e-3, diff=1e-5),
+    torch.float32: Tolerance(rtol=1e-5, atol=1e-5, diff=1e-10),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One set of inputs, made on the CPU from a seeded generator."""
+
+    id: str
+    make: Callable[[torch.Generator], dict[str, Any]]
+    slow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel(Generic[P, R]):
+    """One implementation of an op on one device type."""
+
+    name: str
+    device: str
+    fn: Callable[P, R]
+    why_not: Callable[P, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How calls choose their kernel; one value for the process.
+
+    Attributes:
+        kernels: ``fast`` tries the device's kernels in order; ``reference`` runs the
+            references in their order, whatever the device.
+        fallback: what a call does that no kernel of an accelerator accepts.
+    """
+
+    kernels: Literal["fast", "reference"] = "fast"
+    fallback: Literal["error", "reference"] = "error"
+
+
+_policy = Policy()
+
+
+class Op(Generic[P, R]):
+    """An operator, called like the function that defines it."""
+
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        cases: Callable[[], Iterable[Case]],
+        tolerance: Mapping[torch.dtype, Tolerance],
+        canonical: Callable[[Any], Any],
+        mutates: tuple[str, ...],
+    ) -> None:
+        self.name = reference.__name__
+        self.__doc__ = reference.__doc__
+        self.reference = reference
+        self.cases = cases
+        self.tolerance = tolerance
+        self.canonical = canonical
+        self.mutates = mutates
+        self.signature = inspect.signature(reference)
+        self.kernels: list[Kernel[P, R]] = []
+        if missing := set(mutates) - set(self.signature.parameters):
+            raise KernelRegistrationError(f"{self.name} has no parameter {sorted(missing)}")
+
+    def kernel(
+        self, device: str, why_not: Callable[P, str | None] | None = None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register an implementation for `device`. Earlier kernels are tried first.
+
+        Raises:
+            KernelRegistrationError: other parameters than the op's, or a name taken.
+        """
+
+        def register(fn: Callable[P, R]) -> Callable[P, R]:
+            got = list(inspect.signature(fn).parameters)
+            want = list(self.signature.parameters)
+            name = getattr(fn, "__name__", repr(fn))
+            if got != want:
+                raise KernelRegistrationError(
+                    f"{fn.__module__}.{name} implements {self.name}({', '.join(want)}) "
+                    f"but takes ({', '.join(got)})"
+                )
+            if any(k.device == device and k.name == name for k in self.kernels):
+                raise KernelRegistrationError(f"{self.name} has two {device} kernels named {name}")
+            self.kernels.append(Kernel(name, device, fn, why_not or _accepts_all))
+            return fn
+
+        return register
+
+    def select(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+        """Return the first kernel on the arguments' device that accepts them.
+
+        On the CPU the reference is always the last choice.
+
+        Raises:
+            UnsupportedOpError: none does, and the fallback policy is ``error``.
+        """
+        if _policy.kernels == "reference":
+            return self.reference
+        device = _device_of(args, kwargs)
+        refusals = []
+        for kernel in self.kernels:
+            if kernel.device != device:
+                continue
+            why = kernel.why_not(*args, **kwargs)
+            if why is None:
+                return kernel.fn
+            refusals.append(f"{kernel.name}: {why}")
+        if device == "cpu":
+            return self.reference
+        if _policy.fallback == "error":
+            call = ", ".join(_show(n, v) for n, v in self._bind(*args, **kwargs).items())
+            raise UnsupportedOpError(self.name, device, call, refusals)
+        _log_fallback(self.name, device, "; ".join(refusals) or "no kernel")
+        return self.reference
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the op on the device its tensors live on."""
+        return self.select(*args, **kwargs)(*args, **kwargs)
+
+    def inputs(self, case: Case) -> dict[str, Any]:
+        """Make the case's CPU inputs: the same on every machine and in every run."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.name}/{case.id}".encode()).digest()[:8], "big")
+        return case.make(torch.Generator().manual_seed(seed % 2**63))
+
+    def _bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+def op(
+    *,
+    cases: Callable[[], Iterable[Case]],
+    tolerance: Mapping[torch.dtype, Tolerance],
+    canonical: Callable[[Any], Any] = lambda outputs: outputs,
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Declare the decorated function the reference, hence the definition, of an op.
+
+    `canonical` brings outputs whose order the contract leaves open into one order before
+    they are compared; `mutates` names the caches a call writes to.
+    """
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        declared = Op(reference, cases, tolerance, canonical, mutates)
+        if declared.name in OPS:
+            raise KernelRegistrationError(f"two ops are named {declared.name}")
+        OPS[declared.name] = declared
+        return declared
+
+    return declare
+
+
+@contextmanager
+def use_policy(**changes: Any) -> Iterator[None]:
+    """Change how calls choose their kernel, in this process, inside this block."""
+    global _policy
+    before, _policy = _policy, replace(_policy, **changes)
+    try:
+        yield
+    finally:
+        _policy = before
+
+
+def _accepts_all(*_args: Any, **_kwargs: Any) -> str | None:
+    return None
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"
+
+
+def _show(name: str, value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{name}={str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{name}={value!r}"
+
+
+@cache
+def _log_fallback(name: str, device: str, why: str) -> None:
+    log.warning("%s runs its reference on %s: %s", name, device, why)
