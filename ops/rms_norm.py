@@ -14,9 +14,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 WIDTHS = (4096, 7168)  # hidden size: V4-Flash, V4-Pro
 
 
-def _rms_inputs(
-    g: torch.Generator, n_tokens: int, dim: int, dtype: torch.dtype
-) -> dict[str, Any]:
+def _rms_inputs(g: torch.Generator, n_tokens: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "x": torch.randn(n_tokens, dim, generator=g).to(dtype),
         "weight": torch.randn(dim, generator=g),
@@ -58,7 +56,13 @@ def _head_inputs(
 
 def _head_cases() -> Iterator[Case]:
     for dtype in (BF16, FP32):
-        for n_tokens, n_heads, head_dim in ((0, 2, 64), (1, 1, 8), (3, 5, 66), (17, 64, 512), (17, 128, 512)):
+        for n_tokens, n_heads, head_dim in (
+            (0, 2, 64),
+            (1, 1, 8),
+            (3, 5, 66),
+            (17, 64, 512),
+            (17, 128, 512),
+        ):
             name = f"{str(dtype).removeprefix('torch.')}-{n_tokens}x{n_heads}x{head_dim}"
             make = partial(
                 _head_inputs, n_tokens=n_tokens, n_heads=n_heads, head_dim=head_dim, dtype=dtype

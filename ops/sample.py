@@ -1,0 +1,79 @@
+"""Choose the next token of each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from v4_ascend.ops.op import Case, op
+
+
+def _inputs(g: torch.Generator, n: int, vocab_size: int, temperature: float) -> dict[str, Any]:
+    return {
+        "logits": torch.randn(n, vocab_size, generator=g) * 3,
+        "temperature": torch.full((n,), temperature),
+        "top_p": torch.linspace(0.05, 1.0, n) if n else torch.empty(0),
+        "seeds": torch.randint(0, 1 << 62, (n,), generator=g),
+        "positions": torch.randint(0, 1 << 20, (n,), generator=g),
+    }
+
+
+def _cases() -> Iterator[Case]:
+    for n, vocab_size in ((0, 16), (1, 1), (9, 33), (32, 129280)):
+        for temperature in (0.0, 0.6, 1.5):
+            make = partial(_inputs, n=n, vocab_size=vocab_size, temperature=temperature)
+            yield Case(f"{n}x{vocab_size}-t{temperature}", make, slow=vocab_size > 1000)
+
+
+def uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Hash (seed, position) to [0, 1): 24 bits, the same on every device and in every batch.
+
+    Shapes:
+        seeds, positions  [n]  int64
+        return            [n]  fp32
+    """
+    mask = 0xFFFFFFFF
+    x = (seeds ^ (seeds >> 32)) & mask
+    for word in (positions & mask, (seeds >> 32) & mask):
+        x = (x ^ word) & mask
+        # lowbias32 (Wellons): a 32-bit integer hash, exact in 64-bit arithmetic
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = ((x ^ (x >> shift)) * factor) & mask
+        x = x ^ (x >> 16)
+    return (x >> 8).float() * 2.0**-24
+
+
+@op(cases=_cases, tolerance={})
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Draw a token from ``softmax(logits / temperature)`` cut to its `top_p` nucleus.
+
+    The random number is a hash of (seed, position), so a request gets the same tokens alone
+    or in a batch. Temperature 0 takes the highest logit; ties go to the lower id.
+
+    Shapes:
+        logits       [n, vocab_size]  fp32
+        temperature  [n]  fp32
+        top_p        [n]  fp32 in (0, 1]
+        seeds        [n]  int64, positions [n] int64: where the drawn token will stand
+        return       [n]  int64
+    """
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    warm = temperature.clamp_min(1e-5).unsqueeze(-1)
+    p = (order.values / warm).softmax(-1)
+    before = p.cumsum(-1) - p
+    p = p.masked_fill(before >= top_p.unsqueeze(-1), 0.0)
+    p[:, :1] = p[:, :1].clamp_min(torch.finfo(p.dtype).tiny)
+    mass = p.cumsum(-1)
+    drawn = uniform(seeds, positions).unsqueeze(-1) * mass[:, -1:]
+    rank = (mass > drawn).int().argmax(-1)
+    rank = torch.where(temperature == 0, 0, rank)
+    return order.indices.gather(-1, rank.unsqueeze(-1)).squeeze(-1)

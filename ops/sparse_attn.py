@@ -1,0 +1,175 @@
+"""Attention over a token's window and its compressed rows, with a sink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.ragged import locate
+from v4_ascend.ops.records import RECORDS, load_rows, store_rows
+
+MAX_GATHERED = 1 << 24  # elements of gathered rows held at once: 64 MiB in fp32
+
+
+def _paged(
+    g: torch.Generator, batch: int, n_rows: int, block_rows: int, head_dim: int, record: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    blocks = n_rows // block_rows + 1
+    order = torch.randperm(batch * blocks, generator=g)
+    storage = RECORDS[record].new_storage(len(order), block_rows, head_dim)
+    rows = torch.randn(len(order) * block_rows, head_dim, generator=g)
+    store_rows.reference(storage, rows, torch.arange(len(rows)), record)
+    return storage, order.view(batch, blocks).int()
+
+
+def _inputs(
+    g: torch.Generator,
+    lengths: tuple[tuple[int, int], ...],
+    ratio: int,
+    topk: int | None,
+    n_heads: int,
+    head_dim: int,
+    window_size: int,
+    record: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    seq_lens = torch.tensor([p + n for p, n in lengths], dtype=torch.int32)
+    new = torch.tensor([n for _, n in lengths])
+    cu_seqlens = F.pad(new.cumsum(0), (1, 0)).int()
+    longest, n_tokens = int(seq_lens.max()), int(new.sum())
+    window, window_table = _paged(g, len(lengths), longest, 128, head_dim, record)
+    compressed = table = indices = None
+    if ratio:
+        n_rows = longest // ratio
+        compressed, table = _paged(g, len(lengths), n_rows, 128 // ratio, head_dim, record)
+        if topk is not None:
+            indices = torch.rand(n_tokens, n_rows, generator=g).argsort(-1)[:, :topk].int()
+            _, position = locate(seq_lens, cu_seqlens)
+            hidden = indices >= (position.unsqueeze(-1) + 1) // ratio
+            indices = indices.masked_fill(hidden, -1)
+    return {
+        "q": torch.randn(n_tokens, n_heads, head_dim, generator=g).to(dtype),
+        "window": window,
+        "window_block_table": window_table,
+        "compressed": compressed,
+        "block_table": table,
+        "indices": indices,
+        "record": record,
+        "seq_lens": seq_lens,
+        "cu_seqlens": cu_seqlens,
+        "sink": torch.randn(n_heads, generator=g),
+        "softmax_scale": head_dim**-0.5,
+        "window_size": window_size,
+        "compress_ratio": ratio,
+    }
+
+
+def _cases() -> Iterator[Case]:
+    lengths = {
+        "empty": ((5, 0),),
+        "one": ((0, 1),),
+        "edges": ((3, 1), (126, 3), (0, 9)),
+        "ragged": ((0, 5), (300, 1), (250, 140)),
+    }
+    kinds = {"swa": (0, None), "csa": (4, 7), "csa-all": (4, None), "hca": (128, None)}
+    for dtype, record in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        for kind, (ratio, topk) in kinds.items():
+            for name, seqs in lengths.items():
+                small = {"n_heads": 3, "head_dim": 8, "window_size": 128, "record": record}
+                make = partial(_inputs, lengths=seqs, ratio=ratio, topk=topk, dtype=dtype, **small)
+                yield Case(f"{record}-{kind}-{name}", make)
+    for record in ("bf16", "fp8_584", "fp8_640"):
+        for model, n_heads, topk in (("flash", 64, 512), ("pro", 128, 1024)):
+            for kind, ratio in (("csa", 4), ("hca", 128)):
+                wide = {"n_heads": n_heads, "head_dim": 512, "window_size": 128, "record": record}
+                make = partial(
+                    _inputs,
+                    lengths=((5000, 3), (0, 9)),
+                    ratio=ratio,
+                    topk=topk if ratio == 4 else None,
+                    dtype=torch.bfloat16,
+                    **wide,
+                )
+                yield Case(f"{record}-{model}-{kind}", make, slow=True)
+
+
+def _attend(
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    is_visible: torch.Tensor,
+    sink: torch.Tensor,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """One softmax over every row a token sees; the sink adds to its denominator only."""
+    scores = torch.einsum("thd,tnd->thn", q.float(), rows.float()) * softmax_scale
+    scores = scores.masked_fill(~is_visible.unsqueeze(1), float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    p = (scores - top).exp()
+    total = p.sum(-1, keepdim=True) + (sink.unsqueeze(-1) - top).exp()
+    # The published kernel multiplies probabilities in q's dtype and sums unrounded ones.
+    o = torch.einsum("thn,tnd->thd", p.to(q.dtype).float(), rows.float())
+    return (o / total).to(q.dtype)
+
+
+@op(cases=_cases, tolerance=ROUNDED)
+def sparse_attn(
+    q: torch.Tensor,
+    window: torch.Tensor,
+    window_block_table: torch.Tensor,
+    compressed: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    record: str,
+    seq_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    sink: torch.Tensor,
+    softmax_scale: float,
+    window_size: int,
+    compress_ratio: int,
+) -> torch.Tensor:
+    """Attend to the last `window_size` tokens and to compressed rows, under one softmax.
+
+    Rows are key and value, shared by all heads. This step's rows are already in the
+    caches. Without `indices` a token sees every row completed up to and including itself:
+    s < (t + 1) // compress_ratio; without `compressed`, its window alone.
+
+    Shapes:
+        q             [n_tokens, n_heads, head_dim]  bf16 or fp32
+        window, window_block_table    one row a token, see `records`
+        compressed, block_table       one row per compress_ratio tokens; None for SWA layers
+        indices       [n_tokens, topk]  int32 rows of the token's request, -1 for none
+        seq_lens      [batch]  int32, cu_seqlens [batch + 1] int32
+        sink          [n_heads]  fp32, not scaled
+        return        [n_tokens, n_heads, head_dim]  dtype of q; fp32 inside
+
+    Source: DeepSeek-V4 inference/kernel.py, sparse_attn; model.py, get_window_topk_idxs.
+    """
+    request, position = locate(seq_lens, cu_seqlens)
+    back = torch.arange(1 - window_size, 1, device=q.device)
+    seen = (position + 1) // compress_ratio if compress_ratio else position * 0
+    n_rows = int(seen.max()) if len(seen) else 0
+    width = window_size + (n_rows if indices is None else indices.shape[1])
+    out = torch.empty_like(q)
+    step = max(1, MAX_GATHERED // (width * q.shape[-1]))
+    for begin in range(0, q.shape[0], step):
+        part = slice(begin, begin + step)
+        owner = request[part].unsqueeze(-1)
+        token = position[part].unsqueeze(-1) + back
+        is_visible = token >= 0
+        rows = load_rows(window, record, window_block_table, owner, token.clamp_min(0))
+        if compressed is not None and block_table is not None and width > window_size:
+            row = torch.arange(n_rows, device=q.device) if indices is None else indices[part].long()
+            here = (row >= 0) & (row < seen[part].unsqueeze(-1))
+            row = torch.where(here, row, 0)
+            # A request without rows yet reads block 0 of the table, which may be unset.
+            table = block_table.clamp_min(0)
+            more = load_rows(compressed, record, table, owner, row)
+            rows = torch.cat((rows, more.masked_fill(~here.unsqueeze(-1), 0.0)), dim=1)
+            is_visible = torch.cat((is_visible, here), dim=1)
+        out[part] = _attend(q[part], rows, is_visible, sink, softmax_scale)
+    return out
