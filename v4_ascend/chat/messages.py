@@ -46,9 +46,9 @@ def _read_message(message: object, where: str) -> Turn:
     if role not in get_args(Role):
         _refuse(f"{where}.role", f"{role!r} is not a role; use one of {', '.join(get_args(Role))}")
     if message.get("tools") and role not in ("system", "developer"):
-        _refuse(f"{where}.tools", f"a {role} message cannot define tools")
+        _refuse(f"{where}.tools", f"only system and developer messages define tools, not {role}")
     if message.get("task") is not None and role not in ("user", "developer"):
-        _refuse(f"{where}.task", f"a {role} message cannot have a task")
+        _refuse(f"{where}.task", f"only user and developer messages have a task, not {role}")
     match role:
         case "system" | "developer":
             return _read_instructions(role, message, where)
@@ -87,7 +87,7 @@ def read_response_format(response_format: object, where: str) -> str | None:
         return None
     if not isinstance(response_format, Mapping):
         _refuse(where, f"must be an object, not {_kind(response_format)}")
-    return _encodable(to_json(response_format), where)
+    return _encodable(to_json(response_format), where) if response_format else None
 
 
 def _read_tool_result(message: Mapping[str, Any], where: str) -> ToolResult:
@@ -160,7 +160,9 @@ def _read_tool(tool: object, where: str) -> str:
 
 def _task(message: Mapping[str, Any], where: str) -> str | None:
     task = message.get("task")
-    if task is not None and task not in TASKS:
+    if task is None:
+        return None
+    if not isinstance(task, str) or task not in TASKS:
         _refuse(f"{where}.task", f"{task!r} is not a task; use one of {', '.join(TASKS)}")
     return task
 
@@ -198,10 +200,20 @@ def _encodable(text: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    if value is None:
-        return "null"
-    return kinds.get(type(value), "a number")
+    """Name the JSON type of `value`."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case Mapping():
+            return "an object"
+        case _:
+            return "a list"
 
 
 def _refuse(where: str, problem: str) -> NoReturn:
