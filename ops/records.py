@@ -125,7 +125,7 @@ def _decode_fp4(packed: torch.Tensor) -> torch.Tensor:
 
 def _encode_fp8_index(rows: torch.Tensor) -> torch.Tensor:
     values, scale = act_quant.reference(rows, INDEX_DIM)
-    return torch.cat((_bytes(values), _bytes(formats.scale_to_float(scale))), dim=-1)
+    return torch.cat((_bytes(values), _bytes(formats.scale_to_float(scale).clone())), dim=-1)
 
 
 def _decode_fp8_index(packed: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,311 @@
+"""ModelConfig: V4's dimensions under the names of DeepSeek's own inference code.
+
+The keys of a Hugging Face ``config.json`` are translated here and appear nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from v4_ascend.errors import ConfigError
+
+LayerKind = Literal["swa", "csa", "hca"]
+KINDS: dict[int, LayerKind] = {0: "swa", 4: "csa", 128: "hca"}
+SUPPORTED = "deepseek_v4"
+
+# HF key -> ours. What is not here is either in DERIVED, known and dropped, or reported.
+NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "head_dim": "head_dim",
+    "qk_rope_head_dim": "rope_head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "o_lora_rank": "o_lora_rank",
+    "o_groups": "o_groups",
+    "sliding_window": "window_size",
+    "index_n_heads": "index_n_heads",
+    "index_head_dim": "index_head_dim",
+    "index_topk": "index_topk",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "num_experts_per_tok": "n_activated_experts",
+    "moe_intermediate_size": "moe_inter_dim",
+    "scoring_func": "score_func",
+    "routed_scaling_factor": "route_scale",
+    "num_hash_layers": "n_hash_layers",
+    "swiglu_limit": "swiglu_limit",
+    "hc_mult": "hc_mult",
+    "hc_sinkhorn_iters": "hc_sinkhorn_iters",
+    "hc_eps": "hc_eps",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "compress_rope_theta": "compress_rope_theta",
+    "max_position_embeddings": "max_seq_len",
+    "num_nextn_predict_layers": "n_mtp_layers",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+DERIVED = {
+    "model_type",
+    "compress_ratios",
+    "rope_scaling",
+    "quantization_config",
+    "expert_dtype",
+    "torch_dtype",
+    "dtype",
+    "dspark_block_size",
+    "dspark_noise_token_id",
+    "dspark_target_layer_ids",
+    "dspark_markov_rank",
+}
+# Known, and the same in every V4 model: each value is checked, none is kept.
+FIXED: dict[str, Any] = {
+    "num_key_value_heads": 1,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+}
+DROPPED = {
+    "architectures",
+    "attention_dropout",
+    "initializer_range",
+    "transformers_version",
+    "use_cache",
+    "pad_token_id",
+    "_name_or_path",
+}
+
+
+class DSparkConfig(BaseModel):
+    """The later releases' drafter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block_size: int
+    noise_token_id: int
+    target_layer_ids: tuple[int, ...]
+    markov_rank: int
+
+
+class ModelConfig(BaseModel):
+    """One V4 model. `compress_ratios` has an entry per layer, MTP layers last."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    rope_head_dim: int
+    q_lora_rank: int
+    o_lora_rank: int
+    o_groups: int
+    window_size: int
+    compress_ratios: tuple[int, ...]
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    n_routed_experts: int
+    n_shared_experts: int = 1
+    n_activated_experts: int
+    moe_inter_dim: int
+    score_func: Literal["sqrtsoftplus"] = "sqrtsoftplus"
+    route_scale: float
+    n_hash_layers: int
+    swiglu_limit: float
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_factor: float = 16.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_seq_len: int = 65536
+    max_seq_len: int = 1048576
+    n_mtp_layers: int = 1
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    quantization: Literal["fp8"] | None = None
+    expert_dtype: Literal["fp4", "fp8"] | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    dspark: DSparkConfig | None = None
+    unknown_keys: tuple[str, ...] = ()  # of config.json; `inspect` reports them
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "window_size", "hc_mult"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        expected = self.n_layers + self.n_mtp_layers
+        if len(self.compress_ratios) != expected:
+            raise ValueError(
+                f"compress_ratios has {len(self.compress_ratios)} entries, must have one per "
+                f"layer: {expected} (n_layers {self.n_layers} + n_mtp_layers {self.n_mtp_layers})"
+            )
+        if odd := sorted(set(self.compress_ratios) - set(KINDS)):
+            raise ValueError(f"compress_ratios has {odd}, must be 0, 4 or 128")
+        if any(self.compress_ratios[self.n_layers :]):
+            raise ValueError("compress_ratios of MTP layers must be 0")
+        self._check_divides("o_groups", "n_heads")
+        if self.rope_head_dim % 2 or not 0 < self.rope_head_dim <= self.head_dim:
+            raise ValueError(
+                f"rope_head_dim ({self.rope_head_dim}) must be even and at most head_dim "
+                f"({self.head_dim})"
+            )
+        if self.n_activated_experts > self.n_routed_experts:
+            raise ValueError(
+                f"n_activated_experts ({self.n_activated_experts}) must not exceed "
+                f"n_routed_experts ({self.n_routed_experts})"
+            )
+        if self.n_shared_experts != 1:
+            raise ValueError(f"n_shared_experts ({self.n_shared_experts}) must be 1")
+        if self.n_hash_layers > self.n_layers:
+            raise ValueError(
+                f"n_hash_layers ({self.n_hash_layers}) must not exceed n_layers ({self.n_layers})"
+            )
+        return self
+
+    def _check_divides(self, part: str, whole: str) -> None:
+        n, of = getattr(self, part), getattr(self, whole)
+        if n < 1 or of % n:
+            raise ValueError(f"{part} ({n}) must divide {whole} ({of})")
+
+    def kind(self, layer: int) -> LayerKind:
+        """Return what attention layer `layer` has; MTP layers follow the main ones."""
+        return KINDS[self.compress_ratios[layer]]
+
+    @classmethod
+    def read(cls, path: Path) -> ModelConfig:
+        """Read a ``config.json``, or the one of a checkpoint folder.
+
+        Raises:
+            ConfigError: not there, not JSON, not a V4 model, or a value is wrong.
+        """
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(str(file), "no such file; a checkpoint has a config.json") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ConfigError(str(file), f"cannot be read: {e}") from e
+        if not isinstance(raw, dict):
+            raise ConfigError(str(file), f"must be a JSON object, got {type(raw).__name__}")
+        return cls.from_hf(raw, str(file))
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Translate a Hugging Face configuration.
+
+        Raises:
+            ConfigError: not a V4 model, a key is missing, or a value is wrong.
+        """
+        found = raw.get("model_type")
+        if found != SUPPORTED:
+            raise ConfigError(
+                where, f"model_type is {found!r}; supported: {SUPPORTED!r} (V4 Flash, Pro, Base)"
+            )
+        if "compress_ratios" not in raw:
+            raise ConfigError(where, "no compress_ratios; layers cannot be told apart without it")
+        for key, value in FIXED.items():
+            if raw.get(key, value) != value:
+                raise ConfigError(where, f"{key} is {raw[key]!r}, V4 has {value!r}")
+        values = {ours: raw[key] for key, ours in NAMES.items() if key in raw}
+        known = NAMES.keys() | DERIVED | FIXED.keys() | DROPPED
+        values |= _derived(raw, values, where)
+        values["unknown_keys"] = tuple(sorted(raw.keys() - known))
+        try:
+            return cls(**values)
+        except ValidationError as e:
+            problem = e.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            message = problem["msg"].removeprefix("Value error, ")
+            raise ConfigError(where, f"{name}: {message}" if name else message) from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the ``config.json`` that `from_hf` reads back as this configuration."""
+        out: dict[str, Any] = {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": SUPPORTED,
+            **{key: getattr(self, ours) for key, ours in NAMES.items()},
+            **FIXED,
+            "compress_ratios": list(self.compress_ratios),
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": self.rope_factor,
+                "beta_fast": self.beta_fast,
+                "beta_slow": self.beta_slow,
+                "original_max_position_embeddings": self.original_seq_len,
+            },
+            "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.dtype],
+        }
+        if self.quantization:
+            out["quantization_config"] = {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [128, 128],
+            }
+            out["expert_dtype"] = self.expert_dtype
+        if self.dspark:
+            out |= {f"dspark_{k}": v for k, v in self.dspark.model_dump(mode="json").items()}
+        return out
+
+
+def _derived(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    out: dict[str, Any] = {"compress_ratios": _layer_ratios(raw, values)}
+    scaling = raw.get("rope_scaling")
+    if scaling is None:
+        raise ConfigError(where, "no rope_scaling; V4 has YaRN on its compressed layers")
+    if scaling.get("type", scaling.get("rope_type")) != "yarn":
+        raise ConfigError(where, f"rope_scaling.type is {scaling.get('type')!r}, V4 has 'yarn'")
+    for key, ours in (
+        ("factor", "rope_factor"),
+        ("beta_fast", "beta_fast"),
+        ("beta_slow", "beta_slow"),
+        ("original_max_position_embeddings", "original_seq_len"),
+    ):
+        if key in scaling:
+            out[ours] = scaling[key]
+    dtype = str(raw.get("torch_dtype", raw.get("dtype", "bfloat16")))
+    names = {"bfloat16": "bf16", "float32": "fp32"}
+    if dtype not in names:
+        raise ConfigError(where, f"torch_dtype is {dtype!r}; supported: {', '.join(names)}")
+    out["dtype"] = names[dtype]
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+        if method != "fp8" or list(block or ()) != [128, 128]:
+            raise ConfigError(
+                where,
+                f"quantization_config is {method!r} in blocks of {block}; V4 has 'fp8' in "
+                "blocks of [128, 128]",
+            )
+        out["quantization"] = "fp8"
+        # The April Flash config leaves it out; its experts are FP4 all the same.
+        out["expert_dtype"] = raw.get("expert_dtype", "fp4")
+    if "dspark_block_size" in raw:
+        fields = {k.removeprefix("dspark_"): v for k, v in raw.items() if k.startswith("dspark_")}
+        out["dspark"] = fields
+    return out
+
+
+def _layer_ratios(raw: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """Drop the trailing zeros by which later configs exceed one entry per layer."""
+    ratios = raw["compress_ratios"]
+    n = values.get("n_layers", 0) + values.get("n_mtp_layers", 1)
+    if isinstance(ratios, list) and len(ratios) > n and not any(ratios[n:]):
+        return ratios[:n]
+    return ratios
