@@ -110,7 +110,9 @@ class _Inventory:
             yield from self.compressor(f"{at}.compressor", ratio, c.head_dim)
         if ratio == 4:
             index = f"{at}.indexer"
-            yield from self.linear(f"{index}.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+            yield from self.linear(
+                f"{index}.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank
+            )
             yield TensorSpec(f"{index}.weights_proj.weight", self.plain, (c.index_n_heads, c.dim))
             yield from self.compressor(f"{index}.compressor", ratio, c.index_head_dim)
 

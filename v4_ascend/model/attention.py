@@ -1,0 +1,123 @@
+"""Hybrid attention: a window of tokens, and compressed rows behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.model.batch import Batch, LayerCache
+from v4_ascend.model.compressor import Compressor, Indexer
+from v4_ascend.model.linear import Linear, Source, read_plain
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.ops import (
+    fp8_round_trip,
+    head_rms_norm,
+    rms_norm,
+    rope,
+    rope_inverse,
+    sparse_attn,
+    store_rows,
+)
+from v4_ascend.ops.records import KV_GROUP
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One layer's attention; `compress_ratio` 0 is SWA, 4 CSA, 128 HCA.
+
+    Shapes:
+        wo_a  [o_groups, o_lora_rank, group_dim], widened: its input is never quantised
+    """
+
+    wq_a: Linear
+    q_norm: torch.Tensor
+    wq_b: Linear
+    wkv: Linear
+    kv_norm: torch.Tensor
+    wo_a: torch.Tensor
+    wo_b: Linear
+    sink: torch.Tensor
+    compressor: Compressor | None
+    indexer: Indexer | None
+    config: ModelConfig
+    compress_ratio: int
+    quant_sim: bool
+
+    @classmethod
+    def read(
+        cls, source: Source, at: str, config: ModelConfig, ratio: int, numerics: Numerics
+    ) -> Attention:
+        """Read ``at.*``."""
+        wo_a = read_plain(source, f"{at}.wo_a", numerics.dtype)
+        has_rows, has_index = ratio > 0, ratio == 4
+        return cls(
+            wq_a=Linear.read(source, f"{at}.wq_a", numerics),
+            q_norm=read_plain(source, f"{at}.q_norm", torch.float32),
+            wq_b=Linear.read(source, f"{at}.wq_b", numerics),
+            wkv=Linear.read(source, f"{at}.wkv", numerics),
+            kv_norm=read_plain(source, f"{at}.kv_norm", torch.float32),
+            wo_a=wo_a.unflatten(0, (config.o_groups, config.o_lora_rank)),
+            wo_b=Linear.read(source, f"{at}.wo_b", numerics),
+            sink=source(f"{at}.attn_sink").float(),
+            compressor=Compressor.read(source, f"{at}.compressor", ratio, config.norm_eps)
+            if has_rows
+            else None,
+            indexer=Indexer.read(source, f"{at}.indexer", config, ratio, numerics)
+            if has_index
+            else None,
+            config=config,
+            compress_ratio=ratio,
+            quant_sim=numerics.quant_sim,
+        )
+
+    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
+        """Attend from [n_tokens, dim] to [n_tokens, dim], writing this step's rows first."""
+        c = self.config
+        cos, sin = batch.compress_rope if self.compress_ratio else batch.rope
+        qr = rms_norm(self.wq_a(x), self.q_norm, c.norm_eps)
+        q = self.wq_b(qr).unflatten(-1, (c.n_heads, c.head_dim))
+        q = rope(head_rms_norm(q, c.norm_eps), cos, sin)
+        kv = rope(rms_norm(self.wkv(x), self.kv_norm, c.norm_eps), cos, sin)
+        store_rows(cache.window, self._stored(kv), batch.window_slot_mapping, cache.kv_record)
+        table = self._compress(x, batch, cache)
+        indices = self.indexer(x, qr, batch, cache) if self.indexer else None
+        o = sparse_attn(
+            q,
+            cache.window,
+            batch.window_block_table,
+            cache.compressed,
+            table,
+            indices,
+            cache.kv_record,
+            batch.seq_lens,
+            batch.cu_seqlens,
+            self.sink,
+            c.head_dim**-0.5,
+            c.window_size,
+            self.compress_ratio,
+        )
+        o = rope_inverse(o, cos, sin).flatten(1).unflatten(1, (c.o_groups, -1))
+        z = torch.einsum("tgd,god->tgo", o, self.wo_a)
+        return self.wo_b(z.flatten(1))
+
+    def _compress(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor | None:
+        """Write the rows this step completes; return the table that finds them."""
+        if self.compressor is None:
+            return None
+        if cache.compressed is None or cache.state is None:
+            raise ValueError("a compressing layer's cache needs compressed and state")
+        rows = batch.compressed[self.compress_ratio]
+        kv = self._stored(self.compressor(x, batch, cache.state))
+        store_rows(cache.compressed, kv, rows.slot_mapping, cache.kv_record)
+        return rows.block_table
+
+    def _stored(self, kv: torch.Tensor) -> torch.Tensor:
+        """Round what is not rotated to FP8, as the model was trained."""
+        if not self.quant_sim:
+            return kv
+        nope, rotated = kv.split(
+            (kv.shape[-1] - self.config.rope_head_dim, self.config.rope_head_dim), -1
+        )
+        return torch.cat((fp8_round_trip(nope, KV_GROUP), rotated), dim=-1)

@@ -1,0 +1,65 @@
+"""What one step works on: a ragged batch, and where its rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedRows:
+    """The rows of one compress ratio: where old ones are, where new ones go.
+
+    Shapes (max_rows as in `compress_kv`):
+        block_table   [batch, max_blocks]  int32
+        slot_mapping  [max_rows]  int64, -1 behind the rows this step completes
+        cos, sin      [max_rows, pairs]  fp32, at each new row's position
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    max_visible: int  # the most rows any token of the step sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step over several sequences, tokens of each consecutive.
+
+    Shapes:
+        input_ids            [n_tokens]  int64
+        seq_lens             [batch]  int32, including this step; cu_seqlens [batch + 1] int32
+        state_slots          [batch]  int64
+        window_block_table   [batch, max_blocks]  int32
+        window_slot_mapping  [n_tokens]  int64
+        rope, compress_rope  cos and sin [n_tokens, pairs] fp32: for SWA layers, for the others
+    """
+
+    input_ids: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    state_slots: torch.Tensor
+    window_block_table: torch.Tensor
+    window_slot_mapping: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    compress_rope: tuple[torch.Tensor, torch.Tensor]
+    compressed: Mapping[int, CompressedRows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """One layer's storages; `kv_record` and `index_record` name their row formats.
+
+    Shapes: window, compressed, index as `ops.records`; states as `compress_kv`.
+    """
+
+    kv_record: str
+    index_record: str
+    window: torch.Tensor
+    compressed: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    index_state: torch.Tensor | None = None

@@ -1,0 +1,105 @@
+"""Mixture of experts: learned or hashed routing, one shared expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.model.linear import GroupedLinear, Source, read_plain
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.ops import Group, Solo, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The router; exactly one of `bias` and `tid2eid` is there."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    tid2eid: torch.Tensor | None
+    topk: int
+    route_scale: float
+
+    @classmethod
+    def read(cls, source: Source, at: str, config: ModelConfig, *, is_hash: bool) -> Gate:
+        """Read ``at.*`` of a hash layer or of a learned one."""
+        return cls(
+            weight=read_plain(source, at, torch.float32),
+            bias=None if is_hash else source(f"{at}.bias").float(),
+            tid2eid=source(f"{at}.tid2eid") if is_hash else None,
+            topk=config.n_activated_experts,
+            route_scale=config.route_scale,
+        )
+
+    def __call__(
+        self, x: torch.Tensor, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and ids, [n_tokens, topk] each; always in fp32."""
+        logits = F.linear(x.float(), self.weight)
+        if self.tid2eid is not None:
+            return hash_gate(logits, self.tid2eid, input_ids, self.route_scale)
+        if self.bias is None:
+            raise ValueError("a learned gate needs its bias")
+        return topk_gate(logits, self.bias, self.topk, self.route_scale)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Several feed-forward networks; gate and up projection are one product."""
+
+    w13: GroupedLinear
+    w2: GroupedLinear
+    swiglu_limit: float
+
+    @classmethod
+    def read(cls, source: Source, names: list[str], limit: float, numerics: Numerics) -> Experts:
+        """Read ``name.w1``, ``w2`` and ``w3`` of every expert."""
+        w13 = GroupedLinear.read(source, [(f"{n}.w1", f"{n}.w3") for n in names], numerics)
+        w2 = GroupedLinear.read(source, [(f"{n}.w2",) for n in names], numerics)
+        return cls(w13, w2, limit)
+
+    def __call__(
+        self, x: torch.Tensor, group_sizes: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run rows grouped by expert, [n_rows, dim] to [n_rows, dim]."""
+        return self.w2(swiglu(self.w13(x, group_sizes), self.swiglu_limit, weights), group_sizes)
+
+
+@dataclass(frozen=True)
+class MoE:
+    """The feed-forward half of a layer."""
+
+    gate: Gate
+    experts: Experts
+    shared_experts: Experts
+    n_routed_experts: int
+    group: Group
+
+    @classmethod
+    def read(
+        cls, source: Source, at: str, config: ModelConfig, numerics: Numerics, *, is_hash: bool
+    ) -> MoE:
+        """Read ``at.*``."""
+        names = [f"{at}.experts.{e}" for e in range(config.n_routed_experts)]
+        limit = config.swiglu_limit
+        return cls(
+            gate=Gate.read(source, f"{at}.gate", config, is_hash=is_hash),
+            experts=Experts.read(source, names, limit, numerics),
+            shared_experts=Experts.read(source, [f"{at}.shared_experts"], limit, numerics),
+            n_routed_experts=config.n_routed_experts,
+            group=Solo(),
+        )
+
+    def __call__(self, x: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Mix experts, [n_tokens, dim] to [n_tokens, dim]; sums are fp32, rounded once."""
+        weights, ids = self.gate(x, input_ids)
+        rows, row_weights, group_sizes, source, tokens_per_rank = moe_dispatch(
+            x, ids, weights, self.n_routed_experts, self.group
+        )
+        routed = self.experts(rows, group_sizes, row_weights)
+        y = moe_combine(routed, source, ids.shape[1], tokens_per_rank, self.group)
+        everyone = torch.tensor([x.shape[0]], device=x.device)
+        return (y + self.shared_experts(x, everyone, None).float()).to(x.dtype)

@@ -1,0 +1,159 @@
+"""Caches of a fixed number of sequences, and the batches that address them.
+
+Every sequence slot owns its blocks for good, so that nothing is allocated while serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn import functional as F
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.model.batch import Batch, CompressedRows, LayerCache
+from v4_ascend.ops.compress_kv import row_positions, state_rows
+from v4_ascend.ops.ragged import locate, max_new_rows
+from v4_ascend.ops.records import RECORDS
+from v4_ascend.ops.rope import rope_freqs, rope_table
+
+BLOCK_TOKENS = 128  # one block of every cache covers as many original tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next tokens of one sequence: `start` of its tokens are in the slot's caches."""
+
+    slot: int
+    token_ids: Sequence[int]
+    start: int
+
+
+class KVCache:
+    """Storages of every layer for `n_slots` sequences of up to `max_model_len` tokens.
+
+    `max_chunk` is the most tokens of one sequence a step may bring: a window ring must
+    hold them beside the window before.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        n_slots: int,
+        max_model_len: int,
+        max_chunk: int,
+        kv_record: str,
+        index_record: str,
+    ) -> None:
+        self.config = config
+        self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
+        self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
+        ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
+        self.ring_blocks = min(ring, self.n_blocks)
+        self.layers = [
+            self._layer(ratio, kv_record, index_record) for ratio in config.compress_ratios
+        ]
+
+    def _layer(self, ratio: int, kv_record: str, index_record: str) -> LayerCache:
+        c = self.config
+        kv, index = RECORDS[kv_record], RECORDS[index_record]
+        window = kv.new_storage(self.n_slots * self.ring_blocks, BLOCK_TOKENS, c.head_dim)
+        if not ratio:
+            return LayerCache(kv_record=kv_record, index_record=index_record, window=window)
+        n_blocks, rows = self.n_slots * self.n_blocks, BLOCK_TOKENS // ratio
+        has_index = ratio == 4
+        return LayerCache(
+            kv_record=kv_record,
+            index_record=index_record,
+            window=window,
+            compressed=kv.new_storage(n_blocks, rows, c.head_dim),
+            state=self._state(ratio, c.head_dim),
+            index=index.new_storage(n_blocks, rows, c.index_head_dim) if has_index else None,
+            index_state=self._state(ratio, c.index_head_dim) if has_index else None,
+        )
+
+    def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
+        overlaps = ratio == 4
+        width = 2 * head_dim * (2 if overlaps else 1)
+        return torch.zeros(self.n_slots, state_rows(ratio, overlaps), width)
+
+    @cached_property
+    def _freqs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        yarn = {"factor": c.rope_factor, "beta_fast": c.beta_fast, "beta_slow": c.beta_slow}
+        return rope_freqs(c.rope_head_dim, c.rope_theta), rope_freqs(
+            c.rope_head_dim, c.compress_rope_theta, original_seq_len=c.original_seq_len, **yarn
+        )
+
+    @cached_property
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block tables of all slots: window rings, and compressed rows of any ratio."""
+        slots = torch.arange(self.n_slots, dtype=torch.int32).unsqueeze(1)
+        block = torch.arange(self.n_blocks, dtype=torch.int32)
+        ring = slots * self.ring_blocks + block % self.ring_blocks
+        return ring, slots * self.n_blocks + block
+
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay out one step.
+
+        Raises:
+            ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
+        """
+        for chunk in chunks:
+            stop = chunk.start + len(chunk.token_ids)
+            if len(chunk.token_ids) > self.max_chunk or stop > self.max_model_len:
+                raise ValueError(
+                    f"slot {chunk.slot}: tokens {chunk.start}..{stop} must be at most "
+                    f"{self.max_chunk} and end by {self.max_model_len}"
+                )
+        slots = torch.tensor([c.slot for c in chunks])
+        seq_lens = torch.tensor([c.start + len(c.token_ids) for c in chunks], dtype=torch.int32)
+        counts = torch.tensor([len(c.token_ids) for c in chunks])
+        cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
+        request, position = locate(seq_lens, cu_seqlens)
+        ring, table = (t[slots] for t in self._tables)
+        swa, compress = self._freqs
+        block = ring[request, position // BLOCK_TOKENS].long()
+        return Batch(
+            input_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
+            seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
+            state_slots=slots,
+            window_block_table=ring,
+            window_slot_mapping=block * BLOCK_TOKENS + position % BLOCK_TOKENS,
+            rope=rope_table(position, swa),
+            compress_rope=rope_table(position, compress),
+            compressed={
+                ratio: self._rows(ratio, table, seq_lens, cu_seqlens, compress)
+                for ratio in sorted(set(self.config.compress_ratios) - {0})
+            },
+        )
+
+    def _rows(
+        self,
+        ratio: int,
+        table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        freqs: torch.Tensor,
+    ) -> CompressedRows:
+        n_tokens, batch = int(cu_seqlens[-1]), len(seq_lens)
+        max_rows = max_new_rows(n_tokens, batch, ratio)
+        starts = torch.tensor(row_positions(seq_lens, cu_seqlens, ratio), dtype=torch.int64)
+        before = (seq_lens - cu_seqlens.diff()) // ratio
+        owner = torch.repeat_interleave((seq_lens // ratio - before).long())
+        block = table[owner, starts // BLOCK_TOKENS].long()
+        rows_per_block = BLOCK_TOKENS // ratio
+        slot = block * rows_per_block + starts // ratio % rows_per_block
+        spare = (0, max_rows - len(starts))
+        cos, sin = rope_table(F.pad(starts, spare), freqs)
+        return CompressedRows(
+            block_table=table,
+            slot_mapping=F.pad(slot, spare, value=-1),
+            cos=cos,
+            sin=sin,
+            max_visible=int(seq_lens.max()) // ratio,
+        )
