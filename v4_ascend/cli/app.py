@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
+from v4_ascend.cli import checkpoint
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+checkpoint.register(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -27,7 +30,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print and exit")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print and exit"),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:

@@ -1,0 +1,135 @@
+"""A checkpoint folder in the official layout: shards with an index, or one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from v4_ascend.checkpoint.header import TensorHeader, read_header
+from v4_ascend.checkpoint.inspection import Inspection, inspect_headers
+from v4_ascend.config.inventory import Dtype, inventory
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "I64": torch.int64,
+}
+MAX_SHOWN = 20  # problems of one kind in a message
+
+
+class Checkpoint:
+    """Reads tensors by their official names, in their official dtypes.
+
+    Opening reads headers alone. Data is mapped, so a tensor costs its own pages and is
+    gone with its last reference.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; a checkpoint is a folder")
+        self.path = path
+        self.config = ModelConfig.read(path)
+        self.headers: Mapping[str, TensorHeader] = _headers(path)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor; FP4 comes as the int8 and scales as the E8M0 they are stored as.
+
+        Raises:
+            CheckpointError: it is not there, or it is a scale that is not a number.
+        """
+        header = self.headers.get(name)
+        if header is None:
+            raise CheckpointError(f"{self.path}: no tensor {name}")
+        dtype = TORCH_DTYPES[header.dtype]
+        if not header.nbytes:
+            return torch.empty(header.shape, dtype=dtype)
+        raw = self._mapped(header.file)[header.begin : header.end]
+        # A copy: offsets need not be aligned, and mapped pages would outlive the load.
+        tensor = raw.clone().view(dtype).view(header.shape)
+        if name.endswith(".scale"):
+            _check_scale(header, tensor)
+        return tensor
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor in file order, one at a time."""
+        for name in self.headers:
+            yield name, self.tensor(name)
+
+    def check(self) -> Inspection:
+        """Compare the headers with the inventory of the config."""
+        return inspect_headers(self.headers, inventory(self.config))
+
+    def require_complete(self) -> None:
+        """Raise CheckpointError naming everything missing, unexpected or of another shape."""
+        if problems := self.check().problems:
+            shown = "\n".join(f"  - {p}" for p in problems[:MAX_SHOWN])
+            more = len(problems) - MAX_SHOWN
+            rest = f"\n  ... and {more} more" if more > 0 else ""
+            raise CheckpointError(
+                f"{self.path}: not the checkpoint its config describes:\n{shown}{rest}"
+            )
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the config and of every header: what the tensors are, not their values."""
+        parts = [self.config.model_dump_json()]
+        parts += [f"{h.name} {h.dtype} {h.shape} {h.file.name}" for h in self.headers.values()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _mapped(self, file: Path) -> torch.Tensor:
+        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+
+
+def _headers(path: Path) -> dict[str, TensorHeader]:
+    files, claimed = _files(path)
+    found: dict[str, TensorHeader] = {}
+    for file in files:
+        for header in read_header(file):
+            if header.name in found:
+                raise CheckpointError(
+                    f"{path}: {header.name} is in {found[header.name].file.name} and in {file.name}"
+                )
+            found[header.name] = header
+    for name, file_name in claimed.items():
+        if name not in found or found[name].file.name != file_name:
+            where = f"is in {found[name].file.name}" if name in found else "is in no file"
+            raise CheckpointError(f"{path / INDEX}: {name} should be in {file_name}, {where}")
+    return found
+
+
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """Find the checkpoint's files, and which tensor the index says is in which."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there")
+        return [path / SINGLE], {}
+    try:
+        claimed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(claimed.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{index}: is not a safetensors index: {e!r}") from e
+    if missing := [n for n in names if not (path / n).is_file()]:
+        raise CheckpointError(f"{index}: names files that are not there: {', '.join(missing)}")
+    return [path / n for n in names], claimed
+
+
+def _check_scale(header: TensorHeader, scale: torch.Tensor) -> None:
+    is_nan = scale.view(torch.uint8) == 255 if header.dtype == "F8_E8M0" else ~scale.isfinite()
+    if bool(is_nan.any()):
+        raise CheckpointError(
+            f"{header.file}: {header.name}: {int(is_nan.sum())} of {scale.numel()} scales are "
+            "not numbers; the file is damaged"
+        )
