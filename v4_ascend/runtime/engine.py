@@ -1,0 +1,139 @@
+"""One rank's model: runs steps of ragged batches and samples from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.errors import ParityError
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.transformer import Transformer
+from v4_ascend.ops import sample
+from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.runtime.load import load_model, resolve_checkpoint
+from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
+from v4_ascend.runtime.parity import sequence_logits
+from v4_ascend.supernode.plan import Plan
+
+CANARY_TOKENS = 140  # crosses the window and both compress ratios
+# Two paths through the same weights differ by summation order alone; a rounding to FP8 or
+# bf16 may fall the other way, and is seen as a small relative difference of the logits.
+CANARY_TOLERANCE = {True: 0.25, False: 2e-3}  # quantised or bf16; fp32
+
+
+@dataclass(frozen=True)
+class CanaryReport:
+    """How the model was checked before it was called ready."""
+
+    kind: Literal["reference", "unreferenced"]
+    max_relative_error: float
+
+
+class Engine:
+    """Owns the model and its caches; one step at a time."""
+
+    def __init__(
+        self, model: Transformer, *, max_batch_size: int, max_model_len: int, max_chunk: int
+    ) -> None:
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.max_model_len = max_model_len
+        self.max_chunk = max_chunk
+        plain = "fp32" if model.numerics.dtype == torch.float32 else "bf16"
+        self.cache = KVCache(
+            model.config,
+            n_slots=max_batch_size,
+            max_model_len=max_model_len,
+            max_chunk=max_chunk,
+            kv_record=plain,
+            index_record=plain,
+        )
+
+    @classmethod
+    def load(cls, plan: Plan, progress: Callable[[int, int], None]) -> Engine:
+        """Load the plan's checkpoint; `progress` sees bytes read and in all.
+
+        Raises:
+            CheckpointError: it is not the checkpoint its config describes.
+        """
+        checkpoint = Checkpoint(resolve_checkpoint(plan.checkpoint))
+        numerics = Numerics.of(checkpoint.config, plan.dtype, plan.quant_sim)
+        model = load_model(checkpoint, numerics, with_mtp=False, progress=progress)
+        return cls(
+            model,
+            max_batch_size=plan.max_batch_size,
+            max_model_len=plan.max_model_len,
+            max_chunk=plan.max_chunk,
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """Return the model's configuration."""
+        return self.model.config
+
+    @torch.inference_mode()
+    def step(self, step: Step) -> StepResult:
+        """Run the next tokens of some sequences; sample where a sequence asks for it."""
+        chunks = [Chunk(s.slot, s.token_ids, s.start) for s in step.sequences]
+        batch = self.cache.batch(chunks)
+        streams = self.model(batch, self.cache.layers)
+        wanted = [i for i, s in enumerate(step.sequences) if s.sampling is not None]
+        if not wanted:
+            return StepResult(sampled=[])
+        last = batch.cu_seqlens[1:].long()[wanted] - 1
+        logits = self.model.head(streams[last])
+        return StepResult(sampled=_sampled([step.sequences[i] for i in wanted], logits))
+
+    @torch.inference_mode()
+    def canary(self, reference: Path | None = None) -> CanaryReport:
+        """Check that prefill and decode agree, before the first request.
+
+        Raises:
+            ParityError: they do not; the message has position and figures.
+        """
+        n = min(CANARY_TOKENS, self.max_model_len)
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.config.vocab_size, (n,), generator=g).tolist()
+        split = n // 2
+        whole = sequence_logits(self.model, self.cache, ids, prefill=n, chunk=self.max_chunk)
+        stepped = sequence_logits(
+            self.model, self.cache, ids, prefill=split, chunk=min(split, self.max_chunk)
+        )
+        error = (whole - stepped).norm(dim=-1) / whole.norm(dim=-1)
+        worst = float(error.max())
+        numerics = self.model.numerics
+        is_rounded = numerics.quant_sim or numerics.dtype != torch.float32
+        bound = CANARY_TOLERANCE[is_rounded]
+        if not worst <= bound:
+            raise ParityError(
+                f"canary: prefill and decode differ by {worst:.3g} at token "
+                f"{int(error.argmax())} of {n}, must be at most {bound:g} of the logits' norm"
+            )
+        return CanaryReport("unreferenced", worst)
+
+
+def _sampled(sequences: list[SequenceStep], logits: torch.Tensor) -> list[Sampled]:
+    settings = [s.sampling for s in sequences if s.sampling is not None]
+    ids = sample(
+        logits,
+        torch.tensor([s.temperature for s in settings]),
+        torch.tensor([s.top_p for s in settings]),
+        torch.tensor([s.seed for s in settings], dtype=torch.int64),
+        torch.tensor([s.start + len(s.token_ids) for s in sequences]),
+    ).tolist()
+    out = []
+    for sequence, setting, row, token in zip(sequences, settings, logits, ids, strict=True):
+        if setting.n_logprobs is None:
+            out.append(Sampled(sequence.request, token, None, []))
+            continue
+        logprobs = row.log_softmax(-1)
+        top = logprobs.topk(min(setting.n_logprobs, len(row)))
+        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        out.append(Sampled(sequence.request, token, float(logprobs[token]), pairs))
+    return out
