@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from v4_ascend.chat import ChatTokenizer, Prompt, TokenStream, encode_messages
 from v4_ascend.chat.byte_tokenizer import MIN_VOCAB_SIZE
@@ -133,22 +134,22 @@ def test_bos_and_eos_have_their_official_ids(official_tokenizer: ChatTokenizer):
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 129279), max_size=40))
 def test_a_token_stream_joins_to_what_the_tokenizer_decodes(
-    official_tokenizer: ChatTokenizer, ids: list[int]
+    official_tokenizer: ChatTokenizer, huggingface_official: Tokenizer, ids: list[int]
 ):
     stream = TokenStream(official_tokenizer)
     streamed = "".join([*map(stream.feed, ids), stream.finish()])
     assert streamed == official_tokenizer.decode(ids)
-    assert streamed == official_tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+    assert streamed == huggingface_official.decode(ids, skip_special_tokens=False)
 
 
 @settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 511), max_size=40))
 def test_a_token_stream_of_random_bytes_joins_to_what_the_tokenizer_decodes(
-    byte_tokenizer: ChatTokenizer, ids: list[int]
+    byte_tokenizer: ChatTokenizer, huggingface_byte: Tokenizer, ids: list[int]
 ):
     stream = TokenStream(byte_tokenizer)
     streamed = "".join([*map(stream.feed, ids), stream.finish()])
-    assert streamed == byte_tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+    assert streamed == huggingface_byte.decode(ids, skip_special_tokens=False)
 
 
 def test_a_token_stream_gives_each_character_with_its_last_byte(byte_tokenizer: ChatTokenizer):
@@ -184,16 +185,15 @@ def test_the_byte_tokenizer_has_every_marker_and_the_official_ids_of_the_first_t
 
 
 def test_the_byte_tokenizer_s_tokens_have_the_official_flags(
-    byte_tokenizer: ChatTokenizer, official_tokenizer: ChatTokenizer
+    huggingface_byte: Tokenizer, huggingface_official: Tokenizer
 ):
-    def flags(tokenizer: ChatTokenizer) -> dict[str, tuple[bool, ...]]:
-        tokens = tokenizer._tokenizer.get_added_tokens_decoder().values()
+    def flags(tokenizer: Tokenizer) -> dict[str, tuple[bool, ...]]:
+        tokens = tokenizer.get_added_tokens_decoder().values()
         return {
             t.content: (t.special, t.normalized, t.lstrip, t.rstrip, t.single_word) for t in tokens
         }
 
-    official = flags(official_tokenizer)
-    own = flags(byte_tokenizer)
+    official, own = flags(huggingface_official), flags(huggingface_byte)
     assert own == {content: official[content] for content in own}
 
 

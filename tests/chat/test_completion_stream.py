@@ -5,9 +5,9 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from v4_ascend.chat import (
-    ChatTokenizer,
     Completion,
     ContentDelta,
     Delta,
@@ -105,7 +105,7 @@ def test_without_tools_no_call_is_reported(text: str, cuts: list[int], thinking:
 
 @given(text=st.lists(st.sampled_from(PIECES[:12])).map("".join))
 def test_only_what_may_begin_markup_is_held_back(text: str):
-    emitted = "".join(d.text for d in StreamParser(False, True).feed(text))  # type: ignore[union-attr]
+    emitted = "".join(d.text for d in StreamParser(False, True).feed(text))
     held = text.removeprefix(emitted)
     assert emitted + held == text
     assert held == "" or any(marker.startswith(held) for marker in MARKERS)
@@ -126,16 +126,16 @@ def test_a_call_is_reported_as_it_is_written():
     )
     assert isinstance(start, ToolCallDelta)
     assert (start.index, start.name) == (0, "f")
-    assert [d.text for d in parser.feed(' name="p" string="true">one')] == ['{"p": "', "one"]  # type: ignore[union-attr]
-    assert [d.text for d in parser.feed(' "two"</')] == [' \\"two\\"']  # type: ignore[union-attr]
+    assert [d.text for d in parser.feed(' name="p" string="true">one')] == ['{"p": "', "one"]
+    assert [d.text for d in parser.feed(' "two"</')] == [' \\"two\\"']
 
 
 def test_trap_t36_markup_that_survives_decoding_does_not_reach_the_client(
-    official_tokenizer: ChatTokenizer,
+    huggingface_official: Tokenizer,
 ):
     text = f"Thoughts.</think>Answer.\n\n{BLOCK}{EOS}"
-    ids = official_tokenizer.encode(text)
-    decoded = official_tokenizer._tokenizer.decode(ids, skip_special_tokens=True)
+    ids = huggingface_official.encode(text, add_special_tokens=False).ids
+    decoded = huggingface_official.decode(ids, skip_special_tokens=True)
     assert "</think>" in decoded, "the official tokenizer does not skip chat markers"
     completion = parse_completion(decoded, True)
     assert without_ids(completion) == ("Thoughts.", "Answer.", [WEATHER])
@@ -145,6 +145,9 @@ def test_trap_t36_markup_that_survives_decoding_does_not_reach_the_client(
     ("text", "expected"),
     [
         pytest.param(f"r\n\n{BLOCK}", ("r", "", [WEATHER]), id="no-think-end-before-a-call"),
+        pytest.param(
+            f"r{BLOCK}\nDone.", ("r", "Done.", [WEATHER]), id="text-behind-a-call-is-the-answer"
+        ),
         pytest.param(f"r{EOS}", ("r", "", []), id="no-think-end-at-all"),
         pytest.param(f"<think>r</think>c{EOS}", ("r", "c", []), id="think-opened-again"),
         pytest.param(f"r</think></think>c{EOS}", ("r", "c", []), id="think-closed-twice"),
@@ -248,6 +251,11 @@ def test_a_block_name_mentioned_in_reasoning_does_not_end_it():
 
 def test_in_chat_mode_reasoning_the_model_opens_itself_is_reasoning():
     assert without_ids(parse_completion(f"<think>r</think>c{EOS}", False)) == ("r", "c", [])
+    assert without_ids(parse_completion(f"\n<think>r</think>c{EOS}", False)) == ("r", "\nc", [])
+
+
+def test_an_answer_that_mentions_think_tags_stays_an_answer():
+    assert parse_completion("Use <think> and </think>.", False).content == "Use  and ."
 
 
 def test_nothing_follows_the_end_token():

@@ -236,6 +236,16 @@ def test_an_encoded_context_is_continued_not_repeated():
     assert earlier + later == whole
 
 
+def test_a_user_turn_of_the_context_is_not_continued():
+    later = prompt(user("b"), context=[user("a")])
+    assert later == f"{USER}b{ASSISTANT}</think>"
+
+
+def test_a_context_of_which_nothing_is_kept_is_still_a_context():
+    later = prompt(user("a"), thinking=True, context=[{"role": "developer", "content": "d"}])
+    assert later == f"{USER}a{ASSISTANT}<think>"
+
+
 def test_a_context_without_system_message_still_turns_dropping_off_when_there_are_tools():
     context = [user("a")]
     later = prompt(
@@ -336,8 +346,8 @@ def test_dspark_keys_choose_the_later_encoder(config: dict[str, Any], release: s
             [{"role": [], "content": "b"}], "messages[0].role", "[] is not a role", id="list-role"
         ),
         pytest.param([{"role": "user"}], "messages[0].content", "is missing", id="no-content"),
-        pytest.param([user(3)], "messages[0].content", "not a number", id="number"),  # type: ignore[arg-type]
-        pytest.param([user(True)], "messages[0].content", "not a boolean", id="boolean"),  # type: ignore[arg-type]
+        pytest.param([user(3)], "messages[0].content", "not a number", id="number"),
+        pytest.param([user(True)], "messages[0].content", "not a boolean", id="boolean"),
         pytest.param(
             [{"role": "user", "content": ["a"]}],
             "messages[0].content[0]",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from v4_ascend.chat.dsml import tool_calls_to_dsml
@@ -29,7 +30,7 @@ from v4_ascend.chat.strings import (
     Effort,
     Release,
 )
-from v4_ascend.chat.turns import ToolResult, Turn, arrange, drop_reasoning, last_user_index
+from v4_ascend.chat.turns import ToolResult, Turn, arrange, drop_developers, last_user_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +77,18 @@ def encode_messages(
         tools=read_tools(tools, "tools"),
         response_format=read_response_format(response_format, "response_format"),
     )
-    drop_thinking = drop_thinking and not any(turn.tools for turn in turns)
-    if thinking and drop_thinking:
-        turns = drop_reasoning(turns)
+    first_with_reasoning = 0
+    if thinking and drop_thinking and not any(turn.tools for turn in turns):
+        turns = drop_developers(turns)
+        first_with_reasoning = last_user_index(turns) or 0
     conversation = _Conversation(
-        turns=turns,
-        thinking=thinking,
-        first_with_reasoning=last_user_index(turns) or 0 if drop_thinking else 0,
+        turns=turns, thinking=thinking, first_with_reasoning=first_with_reasoning
     )
-    effort = EFFORT_PREFIXES[release][reasoning_effort or "low"] if thinking else ""
-    return Prompt.join(_write(conversation, effort))
+    segments = _write(conversation)
+    if not earlier:
+        effort = EFFORT_PREFIXES[release][reasoning_effort or "low"] if thinking else ""
+        segments = chain((control(BOS), plain(effort)), segments)
+    return Prompt.join(segments)
 
 
 def _instruct(
@@ -107,10 +110,7 @@ def _instruct(
     return [*turns[:index], instructed, *turns[index + 1 :]]
 
 
-def _write(conversation: _Conversation, effort: str) -> Iterator[Segment]:
-    if not conversation.turns[0].is_context:
-        yield control(BOS)
-        yield plain(effort)
+def _write(conversation: _Conversation) -> Iterator[Segment]:
     for index, turn in enumerate(conversation.turns):
         if not turn.is_context:
             yield from _write_turn(conversation, index)

@@ -190,7 +190,7 @@ class StreamParser:
 
     def _say(self, text: str, deltas: list[Delta]) -> None:
         if text:
-            self._has_spoken = True
+            self._has_spoken |= not text.isspace()
             deltas.append(ReasoningDelta(text) if self._in_reasoning else ContentDelta(text))
 
 

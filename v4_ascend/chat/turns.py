@@ -46,13 +46,10 @@ def last_user_index(turns: Sequence[Turn]) -> int | None:
     return indices[-1] if indices else None
 
 
-def drop_reasoning(turns: Sequence[Turn]) -> list[Turn]:
-    """Forget, before the last user turn, all reasoning and all developer turns."""
+def drop_developers(turns: Sequence[Turn]) -> list[Turn]:
+    """Drop the developer turns before the last user turn, as goes with dropping reasoning."""
     last_user = last_user_index(turns)
-    if last_user is None:
-        return list(turns)
-    earlier = [replace(t, reasoning="") for t in turns[:last_user] if t.role != "developer"]
-    return [*earlier, *turns[last_user:]]
+    return [turn for i, turn in enumerate(turns) if turn.role != "developer" or i == last_user]
 
 
 def _merge(turns: Sequence[Turn]) -> list[Turn]:
