@@ -138,7 +138,7 @@ def hc_post(
 
     Source: DeepSeek-V4 inference/model.py, Block.hc_post.
     """
-    mixed = comb.transpose(1, 2) @ residual.float()
+    mixed = (comb.unsqueeze(-1) * residual.float().unsqueeze(2)).sum(1)
     return (post.unsqueeze(-1) * x.float().unsqueeze(1) + mixed).to(residual.dtype)
 
 

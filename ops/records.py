@@ -78,7 +78,9 @@ class Record:
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    # Through one dim: rows of one element may have any stride, which a view by bytes refuses.
+    flat = x.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+    return flat.view(len(x), x.shape[-1] * x.element_size())
 
 
 def _split_kv(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,7 +127,7 @@ def _decode_fp4(packed: torch.Tensor) -> torch.Tensor:
 
 def _encode_fp8_index(rows: torch.Tensor) -> torch.Tensor:
     values, scale = act_quant.reference(rows, INDEX_DIM)
-    return torch.cat((_bytes(values), _bytes(formats.scale_to_float(scale).clone())), dim=-1)
+    return torch.cat((_bytes(values), _bytes(formats.scale_to_float(scale))), dim=-1)
 
 
 def _decode_fp8_index(packed: torch.Tensor) -> torch.Tensor:

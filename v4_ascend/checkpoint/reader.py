@@ -32,8 +32,7 @@ MAX_SHOWN = 20  # problems of one kind in a message
 class Checkpoint:
     """Reads tensors by their official names, in their official dtypes.
 
-    Opening reads headers alone. Data is mapped, so a tensor costs its own pages and is
-    gone with its last reference.
+    Opening reads headers alone; a tensor is read when it is asked for and kept by nobody.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,9 +54,13 @@ class Checkpoint:
         dtype = TORCH_DTYPES[header.dtype]
         if not header.nbytes:
             return torch.empty(header.shape, dtype=dtype)
-        raw = self._mapped(header.file)[header.begin : header.end]
-        # A copy: offsets need not be aligned, and mapped pages would outlive the load.
-        tensor = raw.clone().view(dtype).view(header.shape)
+        # A plain read: one copy, no alignment to mind, no mapped pages that outlive the load.
+        buffer = bytearray(header.nbytes)
+        with header.file.open("rb") as f:
+            f.seek(header.begin)
+            if f.readinto(buffer) != header.nbytes:
+                raise CheckpointError(f"{header.file}: {name}: the file became shorter")
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(header.shape)
         if name.endswith(".scale"):
             _check_scale(header, tensor)
         return tensor
@@ -87,9 +90,6 @@ class Checkpoint:
         parts = [self.config.model_dump_json()]
         parts += [f"{h.name} {h.dtype} {h.shape} {h.file.name}" for h in self.headers.values()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def _mapped(self, file: Path) -> torch.Tensor:
-        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
 
 
 def _headers(path: Path) -> dict[str, TensorHeader]:

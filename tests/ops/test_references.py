@@ -1,0 +1,85 @@
+"""Every op: its cases run, and say what its contract says."""
+
+import pytest
+import torch
+
+from v4_ascend.backends import BACKENDS
+from v4_ascend.ops import OPS, use_policy
+from v4_ascend.ops.check import assert_close
+
+DESIGN = """rms_norm head_rms_norm rope rope_inverse hadamard act_quant fp4_act_quant fp8_gemm fp4_gemm
+grouped_gemm compress_kv index_scores index_topk index_select sparse_attn hc_pre hc_post hc_head
+topk_gate hash_gate swiglu moe_permute moe_unpermute moe_dispatch moe_combine sample store_rows"""
+
+
+def _cases():
+    for op in OPS.values():
+        for case in op.cases():
+            marks = [pytest.mark.slow] if case.slow else []
+            yield pytest.param(op, case, id=f"{op.name}-{case.id}", marks=marks)
+
+
+def _tensors(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def test_the_operators_are_those_of_the_design():
+    assert set(OPS) == set(DESIGN.split())
+
+
+@pytest.mark.parametrize(("op", "case"), list(_cases()))
+def test_a_reference_is_finite_and_repeats_itself(op, case):
+    first = op.reference(**op.inputs(case))
+    again = op.reference(**op.inputs(case))
+    assert_close(op.canonical(again), op.canonical(first), {})
+    for tensor in _tensors(first):
+        values = tensor.double()
+        hidden = values == float("-inf") if op.name == "index_scores" else values.isnan() & False
+        assert (values.isfinite() | hidden).all()
+
+
+@pytest.mark.parametrize(("op", "case"), list(_cases()))
+def test_a_reference_changes_only_what_it_declares(op, case):
+    inputs, before = op.inputs(case), op.inputs(case)
+    op.reference(**inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and name not in op.mutates:
+            assert_close(value, before[name], {})
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_cases_cover_empty_and_real_widths(op):
+    ids = [case.id for case in op.cases()]
+    assert any("empty" in i or "0x" in i or i.endswith("-0") for i in ids), ids
+    no_widths = {"topk_gate", "hash_gate", "store_rows"}  # their small cases are the real ones
+    assert op.name in no_widths or any(case.slow for case in op.cases())
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_the_docstring_gives_shapes_and_return(op):
+    assert "Shapes" in op.__doc__
+    assert "return" in op.__doc__ or "as `" in op.__doc__
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
+def test_every_op_is_implemented_or_listed_as_missing(backend):
+    have = {op.name for op in OPS.values() if any(k.device == backend.device for k in op.kernels)}
+    have |= set(OPS) if backend.device == "cpu" else set()
+    assert have.isdisjoint(backend.missing), "implemented, so no longer missing"
+    assert have | set(backend.missing) == set(OPS)
+
+
+def test_the_policy_reference_passes_kernels_by():
+    op = OPS["hadamard"]
+    op.kernel("cpu")(_wrong_hadamard)
+    try:
+        x = torch.ones(1, 4)
+        with use_policy(kernels="reference"):
+            assert torch.equal(op(x), op.reference(x))
+        assert torch.equal(op(x), x)
+    finally:
+        op.kernels.pop()
+
+
+def _wrong_hadamard(x):
+    return x
