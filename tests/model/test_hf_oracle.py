@@ -1,0 +1,52 @@
+"""Against Hugging Face transformers' deepseek_v4, which shares nothing with us but the files."""
+
+import pytest
+import torch
+from conftest import GOLDEN
+from transformers import AutoModelForCausalLM
+
+from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
+from v4_ascend.runtime.parity import Recording, record
+
+TINY = ModelConfig.read(preset_path("tiny"))
+CONFIGS = {
+    "swa": {"compress_ratios": (0, 0, 0), "n_layers": 2, "n_hash_layers": 0},
+    "csa": {"compress_ratios": (4, 4, 0), "n_layers": 2, "n_hash_layers": 0},
+    "hca": {"compress_ratios": (128, 128, 0), "n_layers": 2, "n_hash_layers": 1},
+    "mixed": {},
+    # Angles far beyond the YaRN boundary appear at small positions.
+    "yarn": {"original_seq_len": 128, "compress_rope_theta": 2000.0},
+}
+N = 300  # crosses 4, the window, 128 twice; 75 CSA rows for a top-k of 16
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """Our checkpoint, and the logits HF computes from its files."""
+    config = in_format(TINY.model_copy(update=CONFIGS[request.param]), "fp32")
+    folder = tmp_path_factory.mktemp(request.param) / "checkpoint"
+    write_synthetic(config, folder, seed=3)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
+    ids = torch.tensor([[t % config.vocab_size for t in GOLDEN["tokens"][:N]]])
+    with torch.inference_mode():
+        return Checkpoint(folder), ids, model.eval()(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("prefill", "chunk"),
+    [(N, None), (5, None), (127, None), *((N, c) for c in (1, 7, 50, 64, 129))],
+    ids=lambda v: str(v),
+)
+def test_every_position_agrees(pair, prefill, chunk):
+    checkpoint, ids, want = pair
+    how = Recording(prefill=prefill, chunk=chunk)
+    got, metadata = record(checkpoint, ids, how, lambda done, total: None)
+    assert metadata["dtype"] == "fp32"
+    torch.testing.assert_close(got["logits"], want, rtol=0, atol=2e-5)
