@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
+from v4_ascend.errors import ConfigError
+
+DATA = Path(__file__).parents[1] / "data"
+FLASH = json.loads((DATA / "v4_flash_config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro", "v4_flash_0731"])
+def test_published_configs_are_read_whole_and_written_back(name):
+    config = ModelConfig.read(DATA / f"{name}_config.json")
+    assert config.unknown_keys == ()
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("v4_flash", (2, 21, 20)), ("v4_pro", (0, 30, 31))])
+def test_layer_kinds(name, kinds):
+    config = ModelConfig.read(DATA / f"{name}_config.json")
+    of = [config.kind(n) for n in range(config.n_layers)]
+    assert (of.count("swa"), of.count("csa"), of.count("hca")) == kinds
+
+
+def test_trap_t48_trailing_mtp_entries_of_later_configs_are_one_per_layer():
+    config = ModelConfig.read(DATA / "v4_flash_0731_config.json")
+    assert len(config.compress_ratios) == 44
+    assert config.n_mtp_layers == 1
+    assert config.dspark.target_layer_ids == (40, 41, 42)
+
+
+def test_trap_t59_ratio_4_is_csa_and_128_is_hca():
+    config = ModelConfig.from_hf(FLASH)
+    assert [config.kind(n) for n in range(4)] == ["swa", "swa", "csa", "hca"]
+
+
+def test_experts_are_fp4_where_the_april_config_does_not_say():
+    assert "expert_dtype" not in FLASH
+    assert ModelConfig.from_hf(FLASH).expert_dtype == "fp4"
+
+
+@pytest.mark.parametrize("name", ["tiny", "ascend-slice", "wide", "flash", "pro", "flash-0731"])
+def test_presets_are_models(name):
+    assert ModelConfig.read(preset_path(name)).unknown_keys == ()
+
+
+def without(key):
+    return {k: v for k, v in FLASH.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (FLASH | {"model_type": "deepseek_v41"}, "'deepseek_v41'; supported: 'deepseek_v4'"),
+        (without("model_type"), "model_type is None"),
+        (FLASH | {"compress_ratios": [0, 4]}, r"has 2 entries, must have one per layer: 44"),
+        (FLASH | {"compress_ratios": [0, 2] + [4] * 41 + [0]}, r"has \[2\], must be 0, 4 or 128"),
+        (FLASH | {"compress_ratios": [4] * 44}, "MTP layers must be 0"),
+        (without("compress_ratios"), "no compress_ratios"),
+        (without("hidden_size"), "dim: Field required"),
+        (FLASH | {"o_groups": 7}, r"o_groups \(7\) must divide n_heads \(64\)"),
+        (FLASH | {"qk_rope_head_dim": 63}, r"rope_head_dim \(63\) must be even"),
+        (FLASH | {"num_experts_per_tok": 300}, r"\(300\) must not exceed n_routed_experts \(256\)"),
+        (FLASH | {"hidden_size": "big"}, "dim: "),
+        (FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings is True, V4 has False"),
+        (FLASH | {"scoring_func": "softmax"}, "score_func: "),
+        (FLASH | {"torch_dtype": "float16"}, "torch_dtype is 'float16'"),
+        (FLASH | {"quantization_config": {"quant_method": "gptq"}}, "'gptq' in blocks of None"),
+        (FLASH | {"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear'"),
+    ],
+)
+def test_a_wrong_config_is_refused_with_the_numbers(raw, says):
+    with pytest.raises(ConfigError, match=says):
+        ModelConfig.from_hf(raw)
+
+
+def test_v41_is_refused_by_name():
+    with pytest.raises(ConfigError, match="supported: 'deepseek_v4'"):
+        ModelConfig.read(DATA / "v41_flash_config.json")
+
+
+def test_unknown_keys_are_kept_to_be_reported():
+    assert ModelConfig.from_hf(FLASH | {"n_heads": 3}).unknown_keys == ("n_heads",)
+
+
+def test_a_missing_file_says_which(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json: no such file"):
+        ModelConfig.read(tmp_path)
