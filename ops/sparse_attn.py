@@ -80,13 +80,23 @@ def _cases() -> Iterator[Case]:
     for dtype, record in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for kind, (ratio, topk) in kinds.items():
             for name, seqs in lengths.items():
-                small = {"n_heads": 3, "head_dim": 8, "window_size": 128, "record": record}
+                small: dict[str, Any] = {
+                    "n_heads": 3,
+                    "head_dim": 8,
+                    "window_size": 128,
+                    "record": record,
+                }
                 make = partial(_inputs, lengths=seqs, ratio=ratio, topk=topk, dtype=dtype, **small)
                 yield Case(f"{record}-{kind}-{name}", make)
     for record in ("bf16", "fp8_584", "fp8_640"):
         for model, n_heads, topk in (("flash", 64, 512), ("pro", 128, 1024)):
             for kind, ratio in (("csa", 4), ("hca", 128)):
-                wide = {"n_heads": n_heads, "head_dim": 512, "window_size": 128, "record": record}
+                wide: dict[str, Any] = {
+                    "n_heads": n_heads,
+                    "head_dim": 512,
+                    "window_size": 128,
+                    "record": record,
+                }
                 make = partial(
                     _inputs,
                     lengths=((5000, 3), (0, 9)),

@@ -34,11 +34,9 @@ GENERATION = {
 
 def in_format(config: ModelConfig, format: Format) -> ModelConfig:
     """Return the configuration of the same model stored as `format` (fp8 has FP4 experts)."""
-    changes = {
-        "fp8": {"quantization": "fp8", "expert_dtype": config.expert_dtype or "fp4"},
-        "bf16": {"quantization": None, "expert_dtype": None},
-        "fp32": {"quantization": None, "expert_dtype": None},
-    }[format]
+    quantization = "fp8" if format == "fp8" else None
+    expert_dtype = (config.expert_dtype or "fp4") if quantization else None
+    changes = {"quantization": quantization, "expert_dtype": expert_dtype}
     dtype = "fp32" if format == "fp32" else "bf16"
     return config.model_copy(update={**changes, "dtype": dtype})
 
@@ -78,7 +76,8 @@ def write_synthetic(
 def _write_shards(
     config: ModelConfig, folder: Path, seed: int, progress: Callable[[int, int], None]
 ) -> None:
-    total, weight_map, nbytes = n_shards(config), {}, 0
+    total, nbytes = n_shards(config), 0
+    weight_map: dict[str, str] = {}
     for shard, specs in groupby(inventory(config), lambda s: shard_of(s.name, config)):
         name = f"model-{shard:05d}-of-{total:05d}.safetensors"
         tensors = dict(_tensors(list(specs), config, seed))

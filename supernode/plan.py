@@ -1,0 +1,116 @@
+"""The Plan: which rank holds what, and how it is served; what every later step reads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.topology import ParallelConfig, Topology
+from v4_ascend.errors import ConfigError, NotYetError
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rank(_Frozen):
+    """What one rank holds: half-open ranges of layers and of routed experts."""
+
+    rank: int
+    host: str
+    layers: tuple[int, int]
+    experts: tuple[int, int]
+
+
+class Plan(_Frozen):
+    """One deployment, decided. Its digest is the identity ranks agree on."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    device: str
+    checkpoint: str
+    model_name: str
+    parallel: ParallelConfig
+    ranks: tuple[Rank, ...]
+    host: str
+    port: int
+    max_model_len: int
+    max_batch_size: int
+    max_chunk: int
+    dtype: Literal["fp32", "bf16"] | None
+    quant_sim: Literal["auto", "on", "off"]
+    kernels: Literal["fast", "reference"]
+    fallback: Literal["error", "reference"]
+    api_keys: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256 of the plan's canonical JSON."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def write(self, file: Path) -> None:
+        """Write the plan whole or not at all, readable by its owner alone: it may hold keys."""
+        half = file.with_name(f".{file.name}.{os.getpid()}")
+        half.touch(mode=0o600)
+        half.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        half.replace(file)
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            ConfigError: not there, or not a plan of this version.
+        """
+        try:
+            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigError(str(file), f"cannot be read: {e.strerror}") from e
+        except ValidationError as e:
+            raise ConfigError(str(file), f"is not a plan: {e.errors()[0]['msg']}") from e
+
+
+def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
+    """Plan one rank that holds the whole model.
+
+    Raises:
+        ConfigError: the model is not made for the asked length.
+        NotYetError: the topology has more than one device.
+    """
+    if topology.cluster.n_devices != 1:
+        raise NotYetError("cluster.supernodes", "not yet; a plan of one device is what there is")
+    t, serve = topology, topology.serve
+    if serve.max_model_len > config.max_seq_len:
+        raise ConfigError(
+            "serve.max_model_len",
+            f"{serve.max_model_len} exceeds what the model is made for ({config.max_seq_len})",
+        )
+    hosts = t.cluster.supernodes[0].hosts or ("localhost",)
+    rank = Rank(
+        rank=0, host=hosts[0], layers=(0, config.n_layers), experts=(0, config.n_routed_experts)
+    )
+    return Plan(
+        name=t.name,
+        device=t.cluster.device if isinstance(t.cluster.device, str) else t.cluster.device.name,
+        checkpoint=t.model.checkpoint,
+        model_name=t.model.name,
+        parallel=ParallelConfig(),
+        ranks=(rank,),
+        host=serve.host,
+        port=serve.port,
+        max_model_len=serve.max_model_len,
+        max_batch_size=serve.concurrency,
+        max_chunk=min(t.runtime.max_chunk, serve.max_model_len),
+        dtype=t.runtime.dtype,
+        quant_sim=t.runtime.quant_sim,
+        kernels=t.runtime.kernels,
+        fallback=t.runtime.fallback,
+        api_keys=serve.api_keys,
+    )

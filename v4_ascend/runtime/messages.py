@@ -1,0 +1,78 @@
+"""What the front and rank 0 say to each other."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to draw a token; `n_logprobs` None asks for no log probabilities."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    n_logprobs: int | None = None
+
+
+class SequenceStep(msgspec.Struct, frozen=True):
+    """The next tokens of one request: `start` of its tokens are in the slot's caches.
+
+    Without `sampling` more of the prompt follows, and nothing is drawn.
+    """
+
+    request: int
+    slot: int
+    token_ids: list[int]
+    start: int
+    sampling: Sampling | None
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """A drawn token, its log probability, and those of the most likely ones."""
+
+    request: int
+    token_id: int
+    logprob: float | None
+    top_logprobs: list[tuple[int, float]]
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Front to rank: who asks."""
+
+    token: str
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """Front to rank: one step."""
+
+    sequences: list[SequenceStep]
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front: bytes read and in all."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front: loaded and checked."""
+
+    canary: str
+    max_relative_error: float
+
+
+class StepResult(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front: what a step drew."""
+
+    sampled: list[Sampled]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front: it cannot go on, and why."""
+
+    reason: str
+
+
+ToRank = Hello | Step
+FromRank = Loading | Ready | StepResult | Failed
