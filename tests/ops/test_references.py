@@ -7,9 +7,12 @@ from v4_ascend.backends import BACKENDS
 from v4_ascend.ops import OPS, use_policy
 from v4_ascend.ops.check import assert_close
 
-DESIGN = """rms_norm head_rms_norm rope rope_inverse hadamard act_quant fp4_act_quant fp8_gemm
-fp4_gemm grouped_gemm compress_kv index_scores index_topk index_select sparse_attn hc_pre hc_post
-hc_head topk_gate hash_gate swiglu moe_permute moe_unpermute moe_dispatch moe_combine sample store_rows"""
+DESIGN = """
+rms_norm head_rms_norm rope rope_inverse hadamard act_quant fp4_act_quant fp8_gemm
+fp4_gemm grouped_gemm compress_kv index_scores index_topk index_select sparse_attn
+hc_pre hc_post hc_head topk_gate hash_gate swiglu moe_permute moe_unpermute moe_dispatch
+moe_combine sample store_rows
+"""
 
 
 def _cases():

@@ -37,9 +37,10 @@ class Sampled(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Front to rank: who asks."""
+    """Rank to front: it is there, and knows the deployment's secret."""
 
-    token: str
+    secret: str
+    pid: int
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -74,5 +75,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ToRank = Hello | Step
-FromRank = Loading | Ready | StepResult | Failed
+FromRank = Hello | Loading | Ready | StepResult | Failed

@@ -1,0 +1,50 @@
+"""One rank: loads its part of the model, proves itself, runs steps. A torchrun child."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from v4_ascend.errors import V4AscendError
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.link import Address, RankLink
+from v4_ascend.runtime.messages import Failed, Hello, Loading, Ready
+from v4_ascend.supernode.plan import Plan
+
+
+def main() -> None:
+    """Serve the front until it is gone; exit 1 if that is not possible."""
+    state = Path(sys.argv[1])
+    address = Address.read(state)
+    link = RankLink(address)
+    link.send(Hello(address.secret, os.getpid()))
+    try:
+        _serve(link, Plan.read(state / "plan.json"))
+    except (V4AscendError, RuntimeError, ValueError, OSError) as e:
+        link.send(Failed(f"{type(e).__name__}: {e}"))
+        raise
+
+
+def _serve(link: RankLink, plan: Plan) -> None:
+    torch.set_grad_enabled(False)
+    reported = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal reported
+        tenth = done * 10 // total
+        if tenth > reported:
+            reported = tenth
+            link.send(Loading(done, total))
+
+    engine = Engine.load(plan, progress)
+    report = engine.canary()
+    link.send(Ready(report.kind, report.max_relative_error))
+    while (step := link.receive()) is not None:
+        link.send(engine.step(step))
+
+
+if __name__ == "__main__":
+    main()
