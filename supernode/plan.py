@@ -13,8 +13,6 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError, NotYetError
 
-SCHEMA_VERSION = 1
-
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,8 +71,12 @@ class Plan(_Frozen):
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except OSError as e:
             raise ConfigError(str(file), f"cannot be read: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise ConfigError(str(file), f"is not UTF-8 text: {e.reason}") from e
         except ValidationError as e:
-            raise ConfigError(str(file), f"is not a plan: {e.errors()[0]['msg']}") from e
+            problem = e.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise ConfigError(str(file), f"is not a plan: {key}: {problem['msg']}") from e
 
 
 def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
@@ -85,12 +87,16 @@ def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
         NotYetError: the topology has more than one device.
     """
     if topology.cluster.n_devices != 1:
-        raise NotYetError("cluster.supernodes", "not yet; a plan of one device is what there is")
+        raise NotYetError(
+            topology.where("cluster.supernodes"),
+            f"{topology.cluster.n_devices} devices: not yet; a plan of one device is what there is",
+        )
     t, serve = topology, topology.serve
     if serve.max_model_len > config.max_seq_len:
         raise ConfigError(
-            "serve.max_model_len",
-            f"{serve.max_model_len} exceeds what the model is made for ({config.max_seq_len})",
+            t.where("serve.max_model_len"),
+            f"serve.max_model_len ({serve.max_model_len}) exceeds what the model is made for "
+            f"({config.max_seq_len})",
         )
     hosts = t.cluster.supernodes[0].hosts or ("localhost",)
     rank = Rank(

@@ -1,10 +1,11 @@
 import textwrap
+from importlib.resources import files
 
 import pytest
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
-from v4_ascend.config.topology import Topology, load_topology, require_supported
+from v4_ascend.config.topology import load_topology, require_supported, topology_schema
 from v4_ascend.errors import ConfigError, NotYetError
 from v4_ascend.supernode.plan import Plan, trivial_plan
 
@@ -18,6 +19,8 @@ model: {checkpoint: c, name: m}
 serve:
   max_model_len: 64
 """
+FIGURE = "{value: 1, label: assumed, source: test}"
+INLINE = f"{{name: x, kind: cpu, memory_bytes: &m {FIGURE}, memory_bytes_per_s: *m}}"
 
 
 @pytest.fixture
@@ -31,8 +34,10 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["laptop", "supernode"])
-def test_bundled_files_are_found_by_name(name):
+def test_bundled_files_are_found_by_name_with_or_without_suffix(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert load_topology(name).name == name
+    assert load_topology(f"{name}.yaml").name == name
 
 
 def test_the_design_file_is_64_devices():
@@ -55,23 +60,74 @@ def test_overrides_win(read):
     [
         (GOOD + "  prot: 1\n", [], r"t.yaml:8: unknown key serve.prot; did you mean 'port'\?"),
         (GOOD + "servce: {}\n", [], r"t.yaml:8: unknown key servce; did you mean 'serve'\?"),
-        (GOOD + "  port: 99999\n", [], "t.yaml:8: serve.port: .*65535, got '99999'"),
-        (GOOD + "  port: x\n", [], "t.yaml:8: serve.port: .*integer"),
-        (GOOD + "  max_model_len: 8\n", [], "t.yaml:8: serve.max_model_len is given twice"),
+        (GOOD + "Model: {}\n", [], "t.yaml:8: unknown key Model; did you mean 'model'"),
         (
-            GOOD.replace("name: m", "x: m"),
+            GOOD.replace("hosts:", "hosst:"),
             [],
-            "t.yaml:5: unknown key model.x|missing key model.name",
+            r"t.yaml:4: unknown key cluster.supernodes\[0\].hosst; did you mean 'hosts'",
         ),
-        (GOOD.replace("name: box\n", "name: Box\n"), [], "t.yaml:1: name: .*pattern"),
-        (GOOD.replace("hosts: [localhost]", "n: 1"), [], "t.yaml:4: "),
+        (GOOD + "<<: {}\n", [], "t.yaml:8: unknown key <<; known are cluster, "),
+        (GOOD + "  port: 99999\n", [], "t.yaml:8: serve.port must .* 65535, got 99999"),
+        (GOOD + "  port: x\n", [], "t.yaml:8: serve.port must be an integer, got 'x'"),
+        (GOOD + "  port:\n", [], "t.yaml:8: serve.port must be an integer, got nothing"),
+        (GOOD + "  port: [1]\n", [], "t.yaml:8: serve.port must be an integer, got a list"),
+        (GOOD + "  slo: {ttft_ms: inf}\n", [], "t.yaml:8: serve.slo.ttft_ms must be a finite"),
+        (GOOD + "  max_model_len: 8\n", [], "t.yaml:8: serve.max_model_len is given twice"),
+        (GOOD.replace(", name: m", ""), [], "t.yaml:5: missing key model.name"),
+        (GOOD.replace("name: box\n", "name: Box\n"), [], "t.yaml:1: name must match .*got 'Box'"),
+        (
+            GOOD.replace("hosts: [localhost]", "hosts: []"),
+            [],
+            r"t.yaml:4: cluster.supernodes\[0\].hosts must have at least 1 item",
+        ),
+        (
+            GOOD.replace("hosts: [localhost]", "devices_per_host: 1"),
+            [],
+            r"t.yaml:4: cluster.supernodes\[0\]: give either hosts or host_count",
+        ),
         (GOOD + "layout: {tp_size: 3, ep_size: 2}\n", [], r"t.yaml:8: .*ep_size \(2\) must divide"),
-        (GOOD + "engine: sglang\n", [], "t.yaml:8: engine: .*'native' or 'vllm'"),
+        (GOOD + "layout: autto\n", [], "t.yaml:8: layout must be 'auto' or a mapping, got 'autto'"),
+        (
+            GOOD + "engine: sglang\n",
+            [],
+            "t.yaml:8: engine must be 'native' or 'vllm', got 'sglang'",
+        ),
+        (GOOD + "emulate: on\n", [], "t.yaml:8: emulate must be true or false, got 'on'"),
+        (GOOD + "? [a]\n: b\n", [], "t.yaml:8: a key must be a word"),
+        (GOOD + "name: &x [*x]\n", [], "t.yaml:8: name is given twice"),
+        (GOOD.replace("box", "&x [*x]"), [], "t.yaml:1: name must be a string, got a list"),
+        (
+            GOOD.replace("device: cpu", "device: cpuu"),
+            [],
+            "t.yaml:3: no device profile 'cpuu'; did",
+        ),
+        (
+            GOOD.replace("device: cpu", "device: cpu\n  fabric: {board: 8, cabinet: 12}"),
+            [],
+            r"t.yaml:2: cluster: fabric: cabinet \(12\) must be a multiple of board \(8\)",
+        ),
+        (
+            GOOD.replace("device: cpu", "device: cpu\n  pools: [{role: decode, supernodes: [b]}]"),
+            [],
+            "t.yaml:2: cluster: no supernode 'b'; known are a",
+        ),
+        (
+            GOOD.replace("[{name: a", "[{name: a, host_count: 1}, {name: a"),
+            [],
+            "'a' is named twice",
+        ),
         (GOOD, ["serve.port"], "--set serve.port: must be key=value"),
-        (GOOD, ["serve.port=x"], "--set serve.port: serve.port: .*integer"),
+        (GOOD, ["serve..port=1"], "--set serve..port=1: must be key=value"),
+        (GOOD, ["serve.port="], "--set serve.port: must be key=value"),
+        (GOOD, ["serve.port=x"], "--set serve.port: serve.port must be an integer"),
         (GOOD, ["serve.prot=1"], "--set serve.prot: unknown key serve.prot; did you mean 'port'"),
+        (GOOD, ["serve.slo=["], "--set serve.slo: is not YAML"),
+        (GOOD, ["serve={max_model_len: 8, prt: 1}"], "--set serve: unknown key serve.prt"),
+        (GOOD, ["cluster.supernodes.0.name=b"], "'0' is in a list; set the whole list"),
         ("- a\n", [], "t.yaml:1: must be a mapping"),
-        ("model: [m\n", [], "t.yaml:2: expected"),
+        ("", [], "t.yaml:1: must be a mapping"),
+        ("model: [m\n", [], "t.yaml:2: is not YAML: expected"),
+        ("a: \x01\n", [], "t.yaml: is not YAML: unacceptable character"),
     ],
 )
 def test_errors_say_where_and_what(read, text, overrides, says):
@@ -79,10 +135,17 @@ def test_errors_say_where_and_what(read, text, overrides, says):
         read(text, *overrides)
 
 
+def test_an_override_leaves_what_an_alias_shares_alone(read):
+    text = GOOD.replace("device: cpu", f"device: {INLINE}")
+    t = read(text, "cluster.device.memory_bytes.value=2")
+    assert t.cluster.device.memory_bytes.value == 2
+    assert t.cluster.device.memory_bytes_per_s.value == 1
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("engine=vllm", "engine: not yet"),
+        ("engine=vllm", "--set engine: engine: not yet"),
         ("launcher=ssh", "launcher: not yet"),
         ("emulate=true", "emulate: not yet"),
         ("serve.n_draft_tokens=1", "serve.n_draft_tokens: not yet"),
@@ -95,16 +158,24 @@ def test_errors_say_where_and_what(read, text, overrides, says):
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(read, override, says):
-    topology = read(GOOD, override)
     with pytest.raises(NotYetError, match=says):
-        require_supported(topology, "t.yaml")
+        require_supported(read(GOOD, override))
 
 
-def test_a_missing_file_and_an_unknown_name_say_so():
-    with pytest.raises(ConfigError, match="no such file"):
-        load_topology("nowhere.yaml")
-    with pytest.raises(ConfigError, match="bundled: laptop, supernode"):
-        load_topology("labtop")
+def test_a_key_of_the_file_that_is_not_built_yet_is_refused_at_its_line(read):
+    with pytest.raises(NotYetError, match=r"t\.yaml:8: engine: not yet; deploy does 'native'"):
+        require_supported(read(GOOD + "engine: vllm\n"))
+
+
+def test_the_shipped_schema_is_the_current_one():
+    shipped = files("v4_ascend.configs") / "topology.schema.json"
+    assert shipped.read_text() == topology_schema(), "write topology_schema() to that file"
+
+
+@pytest.mark.parametrize("reference", ["nowhere.yaml", "labtop", "elsewhere/laptop.yaml"])
+def test_what_is_neither_a_file_nor_bundled_is_refused_with_what_is(reference):
+    with pytest.raises(ConfigError, match=f"no file {reference!r}; bundled: laptop, supernode"):
+        load_topology(reference)
 
 
 def test_a_plan_is_read_back_with_its_digest(read, tmp_path):
@@ -118,10 +189,5 @@ def test_a_plan_is_read_back_with_its_digest(read, tmp_path):
 
 
 def test_a_plan_longer_than_the_model_is_refused(read):
-    with pytest.raises(ConfigError, match=r"2000000 exceeds .* \(1048576\)"):
+    with pytest.raises(ConfigError, match=r"\(2000000\) exceeds .* \(1048576\)"):
         trivial_plan(read(GOOD, "serve.max_model_len=2000000"), TINY)
-
-
-def test_every_key_of_the_schema_can_be_written_in_a_file():
-    schema = Topology.model_json_schema()
-    assert set(schema["properties"]) >= {"cluster", "model", "serve", "layout", "runtime"}

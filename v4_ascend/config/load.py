@@ -1,141 +1,228 @@
 """Read a pydantic model from YAML, saying in which line a value is wrong.
 
-Scalars reach the model as the text that stands in the file, so a field's type decides what
-``on``, ``1e-6`` or ``007`` mean, not YAML's guesses. Unknown and repeated keys are errors.
+Types come from the model's fields, not from YAML's guesses: ``1e-6`` is a float and ``on``
+stays a word where the field says so. Unknown, repeated and missing keys are errors.
 """
 
 from __future__ import annotations
 
 import difflib
+import io
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from v4_ascend.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-Place = tuple[str | int, ...]
-_NULL = "tag:yaml.org,2002:null"
+SET = "--set "
+_MAP, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "str", "null"))
+_BOOLS = {"true": True, "false": False}
+_SPELLED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
-def load_yaml(model: type[M], path: Path, overrides: Sequence[str] = ()) -> M:
+class Section(BaseModel):
+    """A mapping of a file: frozen, without further keys, its numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[M]):
+    """What was read, and where each key was given: ``file:line`` or ``--set key``."""
+
+    value: M
+    places: Mapping[str, str]
+
+
+def load_yaml(model: type[M], path: Path, overrides: Sequence[str] = ()) -> Loaded[M]:
     """Read `path` as a `model`; each override is ``dotted.key=value`` and wins over the file.
 
     Raises:
         ConfigError: at ``path:line`` or ``--set key``, what is wrong there.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(str(path), f"cannot be read: {e}") from e
-    except yaml.MarkedYAMLError as e:
-        line = e.problem_mark.line + 1 if e.problem_mark else 1
-        raise ConfigError(f"{path}:{line}", e.problem or "is not YAML") from e
+    root = _compose(text, str(path))
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}:1", "must be a mapping")
-    reader = _Reader(path)
-    values = reader.read(root, ())
-    for text in overrides:
-        reader.override(values, text)
+    for override in overrides:
+        root = _override(root, override)
+    reader = _Reader()
+    value: M = reader.read(model, root, "")
+    return Loaded(value, reader.places)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint at what is spelled alike, or at everything known."""
+    names = sorted(known)
+    if match := difflib.get_close_matches(word, names, n=1):
+        return f"; did you mean {match[0]!r}?"
+    return f"; known are {', '.join(names)}"
+
+
+class _Source(io.StringIO):
+    """Text with the name that YAML gives to every mark in it."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
     try:
-        return model.model_validate(values)
-    except ValidationError as e:
-        raise reader.error(model, e) from None
+        return yaml.compose(_Source(text, name), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as e:
+        where = _place(e.problem_mark) if e.problem_mark else name
+        raise ConfigError(where, f"is not YAML: {e.problem or e.context}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(name.strip(), f"is not YAML: {str(e).splitlines()[0]}") from e
+
+
+def _place(mark: yaml.Mark) -> str:
+    return mark.name if mark.name.startswith(SET) else f"{mark.name}:{mark.line + 1}"
+
+
+def _override(root: yaml.MappingNode, text: str) -> yaml.MappingNode:
+    """Return a copy of the tree with one value replaced."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(SET + text, "must be key=value")
+    new = _compose(value, SET + key)
+    if new is None:
+        raise ConfigError(SET + key, "must be key=value")
+    return _with(root, key.split("."), new)
+
+
+def _with(node: yaml.Node | None, keys: Sequence[str], new: yaml.Node) -> yaml.MappingNode:
+    # Nodes are copied, not changed: an alias in the file may share them.
+    if isinstance(node, yaml.SequenceNode):
+        raise ConfigError(_place(new.start_mark), f"{keys[0]!r} is in a list; set the whole list")
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    start = node.start_mark if isinstance(node, yaml.MappingNode) else new.start_mark
+    child = next((v for k, v in pairs if k.value == keys[0]), None)
+    value = _with(child, keys[1:], new) if keys[1:] else new
+    kept = [(k, v) for k, v in pairs if k.value != keys[0]]
+    key = yaml.ScalarNode(_STR, keys[0], new.start_mark)
+    return yaml.MappingNode(_MAP, [*kept, (key, value)], start)
 
 
 class _Reader:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.where: dict[Place, str] = {}  # of every key and list entry
+    def __init__(self) -> None:
+        self.places: dict[str, str] = {}
 
-    def read(self, node: yaml.Node, place: Place) -> Any:
-        self.where.setdefault(place, f"{self.path}:{node.start_mark.line + 1}")
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, place)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(child, (*place, i)) for i, child in enumerate(node.value)]
-        return None if node.tag == _NULL else node.value
+    def read(self, want: Any, node: yaml.Node, name: str) -> Any:
+        origin, args = typing.get_origin(want), typing.get_args(want)
+        if origin in (Union, UnionType):
+            if type(None) in args and node.tag == _NULL:
+                return None
+            chosen = _alternative(args, node)
+            if _is_literal(chosen) and node.value not in typing.get_args(chosen):
+                raise _wrong(node, name, _spell(want))
+            return self.read(chosen, node, name)
+        if isinstance(want, type) and issubclass(want, BaseModel):
+            return self._model(want, node, name)
+        if origin is dict:
+            children = self._children(node, name)
+            return {k: self.read(args[1], v, f"{name}.{k}") for k, v in children.items()}
+        if origin is tuple:
+            if not isinstance(node, yaml.SequenceNode):
+                raise _wrong(node, name, "a list")
+            return tuple(self.read(args[0], v, f"{name}[{i}]") for i, v in enumerate(node.value))
+        return _scalar(want, node, name)
 
-    def _mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
-        values: dict[str, Any] = {}
+    def _children(self, node: yaml.Node, name: str) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _wrong(node, name, "a mapping")
+        children: dict[str, yaml.Node] = {}
         for key, child in node.value:
-            here = (*place, str(key.value))
-            line = f"{self.path}:{key.start_mark.line + 1}"
-            if key.value in values:
-                raise ConfigError(line, f"{_dotted(here)} is given twice")
-            self.where[here] = line
-            values[key.value] = self.read(child, here)
-        return values
+            where = _place(key.start_mark)
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(where, "a key must be a word, got a list or mapping")
+            path = f"{name}.{key.value}".removeprefix(".")
+            if key.value in children:
+                raise ConfigError(where, f"{path} is given twice")
+            children[key.value] = child
+            self.places[path] = where
+        return children
 
-    def override(self, values: dict[str, Any], text: str) -> None:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {text}", "must be key=value")
+    def _model(self, model: type[BaseModel], node: yaml.Node, name: str) -> BaseModel:
+        fields, hints = model.model_fields, typing.get_type_hints(model)
+        values: dict[str, Any] = {}
+        for key, child in self._children(node, name).items():
+            path = f"{name}.{key}".removeprefix(".")
+            if key not in fields:
+                hint = did_you_mean(key, fields)
+                raise ConfigError(self.places[path], f"unknown key {path}{hint}")
+            values[key] = self.read(hints[key], child, path)
+        for key, field in fields.items():
+            if field.is_required() and key not in values:
+                path = f"{name}.{key}".removeprefix(".")
+                raise ConfigError(_place(node.start_mark), f"missing key {path}")
         try:
-            node = yaml.compose(value, Loader=yaml.SafeLoader)
-        except yaml.MarkedYAMLError as e:
-            raise ConfigError(f"--set {key}", f"{value!r} is not YAML: {e.problem}") from e
-        *parents, last = key.split(".")
-        at = values
-        for depth, part in enumerate(parents):
-            self.where.setdefault(tuple(parents[: depth + 1]), f"--set {key}")
-            child = at.setdefault(part, {})
-            if not isinstance(child, dict):
-                at[part] = child = {}
-            at = child
-        at[last] = None if node is None else _Reader(self.path).read(node, ())
-        self.where[tuple(key.split("."))] = f"--set {key}"
+            return model(**values)
+        except ValidationError as e:
+            raise self._refusal(node, name, e) from None
 
-    def error(self, model: type[BaseModel], e: ValidationError) -> ConfigError:
-        problems = e.errors()
-        # Of a union's alternatives the last one, a section, says more than "must be 'auto'".
-        problem = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]][-1]
-        # A union names the alternative it tried; the file knows only keys and numbers.
-        place = tuple(p for p in problem["loc"] if not _is_alternative(p))
-        where = next(w for n in range(len(place), -1, -1) if (w := self.where.get(place[:n])))
-        name = _dotted(place)
-        if problem["type"] == "extra_forbidden":
-            known = _keys_at(model, place[:-1])
-            return ConfigError(where, f"unknown key {name}{_closest(str(place[-1]), known)}")
-        if problem["type"] == "missing":
-            return ConfigError(where, f"missing key {name}")
-        message = problem["msg"].removeprefix("Value error, ")
-        given = problem.get("input")
-        shown = f", got {given!r}" if isinstance(given, str) else ""
-        return ConfigError(where, f"{name}: {message}{shown}" if name else message)
+    def _refusal(self, node: yaml.Node, name: str, e: ValidationError) -> ConfigError:
+        problem = e.errors()[0]
+        path = ".".join([name, *map(str, problem["loc"])]).strip(".")
+        where = self.places.get(path, _place(node.start_mark))
+        if problem["type"] == "value_error":
+            message = problem["msg"].removeprefix("Value error, ")
+            return ConfigError(where, f"{path}: {message}" if path else message)
+        # pydantic says "Input should be ...", "String should match ...", "Tuple should have ..."
+        rule = problem["msg"].partition(" should ")[2].removesuffix(" after validation, not 0")
+        return ConfigError(where, f"{path} must {rule}, got {problem['input']!r}")
 
 
-def _is_alternative(part: str | int) -> bool:
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part)
+def _alternative(args: tuple[Any, ...], node: yaml.Node) -> Any:
+    """Choose from a union by the kind of node: a word, or a mapping or list."""
+    present = [a for a in args if a is not type(None)]
+    is_word = isinstance(node, yaml.ScalarNode)
+    return next((a for a in present if _is_word(a) == is_word), present[0])
 
 
-def _dotted(place: Iterable[str | int]) -> str:
-    text = ""
-    for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return text.removeprefix(".")
+def _is_word(want: Any) -> bool:
+    return want in _SPELLED or _is_literal(want)
 
 
-def _keys_at(model: type[BaseModel], place: Place) -> list[str]:
-    for part in place:
-        if isinstance(part, str):
-            nested = _models_in(model.model_fields[part].annotation)
-            if not nested:
-                return []
-            model = nested[0]
-    return list(model.model_fields)
+def _is_literal(want: Any) -> bool:
+    return typing.get_origin(want) is Literal
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for arg in typing.get_args(annotation) for m in _models_in(arg)]
+def _scalar(want: Any, node: yaml.Node, name: str) -> Any:
+    if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL:
+        raise _wrong(node, name, _spell(want))
+    if _is_literal(want):
+        if node.value not in typing.get_args(want):
+            raise _wrong(node, name, _spell(want))
+        return node.value
+    try:
+        return _BOOLS[node.value.lower()] if want is bool else want(node.value)
+    except (ValueError, KeyError):
+        raise _wrong(node, name, _spell(want)) from None
 
 
-def _closest(word: str, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(sorted(known))}"
+def _spell(want: Any) -> str:
+    args = [a for a in typing.get_args(want) if a is not type(None)]
+    if _is_literal(want):
+        return " or ".join(map(repr, args))
+    if typing.get_origin(want) in (Union, UnionType):
+        return " or ".join(map(_spell, args))
+    return _SPELLED.get(want, "a mapping")
+
+
+def _wrong(node: yaml.Node, name: str, want: str) -> ConfigError:
+    got = "a list or mapping"
+    if isinstance(node, yaml.ScalarNode):
+        got = "nothing" if node.tag == _NULL else repr(node.value)
+    return ConfigError(_place(node.start_mark), f"{name} must be {want}, got {got}")

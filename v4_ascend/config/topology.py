@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from v4_ascend.config.load import load_yaml
+from v4_ascend.config.devices import DeviceProfile, device_profile
+from v4_ascend.config.load import Section, did_you_mean, load_yaml
 from v4_ascend.errors import ConfigError, NotYetError
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DeviceProfile(_Section):
-    """An inline device; bundled ones are named. Bytes, operations and bytes per second."""
-
-    name: str
-    memory_bytes: int = Field(gt=0)
-    memory_bytes_per_s: float | None = None
-    bf16_flops: float | None = None
-    fp8_flops: float | None = None
-    source: str
-
-
-class Supernode(_Section):
+class Supernode(Section):
     """Hosts on one fast fabric: by name, or by number for planning."""
 
-    name: str
-    hosts: tuple[str, ...] | None = None
+    name: str = Field(min_length=1)
+    hosts: tuple[str, ...] | None = Field(default=None, min_length=1)
     host_count: int | None = Field(default=None, ge=1)
     devices_per_host: int = Field(default=1, ge=1)
 
@@ -40,8 +28,6 @@ class Supernode(_Section):
     def _one_way(self) -> Supernode:
         if (self.hosts is None) == (self.host_count is None):
             raise ValueError("give either hosts or host_count")
-        if self.hosts is not None and len(set(self.hosts)) != len(self.hosts):
-            raise ValueError("a host is named twice")
         return self
 
     @property
@@ -51,21 +37,40 @@ class Supernode(_Section):
         return n_hosts * self.devices_per_host
 
 
-class Pool(_Section):
+class Pool(Section):
     """Supernodes that serve one role."""
 
     role: Literal["prefill", "decode"]
-    supernodes: tuple[str, ...]
+    supernodes: tuple[str, ...] = Field(min_length=1)
     device: str | DeviceProfile | None = None
 
 
-class Cluster(_Section):
-    """The devices."""
+class Cluster(Section):
+    """The devices. `fabric` has the devices of each all-to-all level, innermost first."""
 
     device: str | DeviceProfile
     supernodes: tuple[Supernode, ...] = Field(min_length=1)
     fabric: dict[str, int] = Field(default_factory=dict)
     pools: tuple[Pool, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        names = [s.name for s in self.supernodes]
+        for what, given in (
+            ("supernode", names),
+            ("host", [h for s in self.supernodes for h in s.hosts or ()]),
+        ):
+            if twice := sorted({n for n in given if given.count(n) > 1}):
+                raise ValueError(f"{what} {twice[0]!r} is named twice")
+        for pool in self.pools:
+            if unknown := sorted(set(pool.supernodes) - set(names)):
+                raise ValueError(f"no supernode {unknown[0]!r}{did_you_mean(unknown[0], names)}")
+        for (inner, small), (outer, large) in pairwise([("a device", 1), *self.fabric.items()]):
+            if large < small or large % small:
+                raise ValueError(
+                    f"fabric: {outer} ({large}) must be a multiple of {inner} ({small})"
+                )
+        return self
 
     @property
     def n_devices(self) -> int:
@@ -73,22 +78,22 @@ class Cluster(_Section):
         return sum(s.n_devices for s in self.supernodes)
 
 
-class Model(_Section):
+class Model(Section):
     """The checkpoint: a folder or ``hf:org/name@revision``."""
 
-    checkpoint: str
-    name: str
+    checkpoint: str = Field(min_length=1)
+    name: str = Field(min_length=1)
     reference: str | None = None
 
 
-class SLO(_Section):
+class SLO(Section):
     """What a request may take, in milliseconds."""
 
     ttft_ms: float | None = Field(default=None, gt=0)
     tpot_ms: float | None = Field(default=None, gt=0)
 
 
-class Serve(_Section):
+class Serve(Section):
     """How requests are served."""
 
     max_model_len: int = Field(ge=1)
@@ -101,7 +106,7 @@ class Serve(_Section):
     n_draft_tokens: int = Field(default=0, ge=0)
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """Sizes of the parallel groups, in devices.
 
     ``world_size = pp * dp * cp * tp``, ranks ordered pp slowest, then dp, cp, tp fastest.
@@ -134,7 +139,7 @@ class ParallelConfig(_Section):
         return self.pp_size * self.stage_size
 
 
-class Runtime(_Section):
+class Runtime(Section):
     """Choices of the serving processes."""
 
     backend: Literal["auto", "cpu", "cuda", "ascend", "mindspore"] = "auto"
@@ -145,7 +150,7 @@ class Runtime(_Section):
     max_chunk: int = Field(default=512, ge=1)
 
 
-class Topology(_Section):
+class Topology(Section):
     """One deployment."""
 
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -157,40 +162,60 @@ class Topology(_Section):
     engine: Literal["native", "vllm"] = "native"
     launcher: Literal["local", "ssh", "kubernetes"] = "local"
     emulate: bool = False
+    _places: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """Return where a dotted key, or else the section around it, was given."""
+        path = key
+        while path and path not in self._places:
+            path = path.rpartition(".")[0]
+        return self._places.get(path, key)
 
 
 def load_topology(reference: str, overrides: Sequence[str] = ()) -> Topology:
     """Read a topology file by path, or a bundled one by name.
 
     Raises:
-        ConfigError: no such file, or at ``file:line``, what is wrong there.
+        ConfigError: no such file or device, or at ``file:line``, what is wrong there.
     """
-    return load_yaml(Topology, topology_path(reference), overrides)
+    loaded = load_yaml(Topology, topology_path(reference), overrides)
+    topology = loaded.value
+    topology._places = loaded.places
+    device_profile(topology.cluster.device, topology.where("cluster.device"))
+    for pool in topology.cluster.pools:
+        if pool.device is not None:
+            device_profile(pool.device, topology.where("cluster.pools"))
+    return topology
+
+
+def topology_schema() -> str:
+    """Return the JSON schema of the file, for editors: configs/topology.schema.json."""
+    return json.dumps(Topology.model_json_schema(), indent=2) + "\n"
 
 
 def topology_path(reference: str) -> Path:
-    """Return the file a path or a bundled name means."""
-    if "/" in reference or reference.endswith((".yaml", ".yml")):
-        if Path(reference).is_file():
-            return Path(reference)
-        raise ConfigError(reference, "no such file")
+    """Return the file a path or a bundled name, with or without its suffix, means."""
+    path = Path(reference)
+    if path.is_file():
+        return path
     folder = Path(str(files("v4_ascend.configs") / "topology"))
     bundled = sorted(p.stem for p in folder.glob("*.yaml"))
-    if reference not in bundled:
-        raise ConfigError("--topology", f"no file {reference!r}; bundled: {', '.join(bundled)}")
-    return folder / f"{reference}.yaml"
+    if reference.removesuffix(".yaml") in bundled:
+        return folder / f"{path.stem}.yaml"
+    raise ConfigError("--topology", f"no file {reference!r}; bundled: {', '.join(bundled)}")
 
 
-def require_supported(topology: Topology, where: str) -> None:
+def require_supported(topology: Topology) -> None:
     """Refuse what the schema knows and deployment cannot do yet.
 
     Raises:
-        NotYetError: naming the first such key.
+        NotYetError: where the first such key is given.
     """
     t = topology
+    device = device_profile(t.cluster.device, t.where("cluster.device"))
     for key, is_asked, today in (
         ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
-        ("cluster.device", t.cluster.device != "cpu", "'cpu'"),
+        ("cluster.device", device.kind != "cpu", "'cpu'"),
         ("cluster.supernodes", t.cluster.n_devices != 1, "one device"),
         ("layout", t.layout != "auto" and t.layout.world_size != 1, "one rank"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
@@ -201,4 +226,4 @@ def require_supported(topology: Topology, where: str) -> None:
         ("emulate", t.emulate, "real devices"),
     ):
         if is_asked:
-            raise NotYetError(where, f"{key}: not yet; deploy does {today}")
+            raise NotYetError(t.where(key), f"{key}: not yet; deploy does {today}")
