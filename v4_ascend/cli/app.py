@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import checkpoint, parity
+from v4_ascend.cli import checkpoint, deploy, parity
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 checkpoint.register(app)
+deploy.register(app)
 parity.register(app)
 
 

@@ -67,7 +67,7 @@ class RankLink:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 2000)
         self._socket.connect(address.url)
         self._decode = msgspec.msgpack.Decoder(Step)

@@ -60,7 +60,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Rank to front: loaded and checked."""
 
     canary: str
-    max_relative_error: float
+    median_relative_error: float
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):

@@ -41,7 +41,7 @@ def _serve(link: RankLink, plan: Plan) -> None:
 
     engine = Engine.load(plan, progress)
     report = engine.canary()
-    link.send(Ready(report.kind, report.max_relative_error))
+    link.send(Ready(report.kind, report.median_relative_error))
     while (step := link.receive()) is not None:
         link.send(engine.step(step))
 

@@ -1,0 +1,240 @@
+"""A real deployment of a tiny model: the API through the openai client, faults, and its end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Box:
+    """One folder with a checkpoint, a topology file and a state of its own."""
+
+    def __init__(self, folder):
+        self.folder, self.port = folder, free_port()
+        self.env = os.environ | {"XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+        self.topology = folder / "t.yaml"
+        text = (ROOT / "configs/topology/laptop.yaml").read_text()
+        text = text.replace(".demo/tiny", str(folder / "tiny")).replace("8000", str(self.port))
+        self.topology.write_text(text.replace("max_model_len: 2048", "max_model_len: 256"))
+
+    def run(self, *args, timeout=120):
+        command = [sys.executable, "-m", "v4_ascend", *map(str, args)]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.env, timeout=timeout, check=False
+        )
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def status(self):
+        return json.loads(self.run("status", "--json").stdout)["data"]
+
+    def processes(self):
+        """Pids of everything that mentions our state folder."""
+        found = []
+        for p in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if str(self.folder).encode() in p.read_bytes():
+                    found.append(int(p.parent.name))
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    box = Box(tmp_path_factory.mktemp("box"))
+    done = box.run("init", "--preset", "tiny", "--format", "fp32", "--out", box.folder / "tiny")
+    assert done.returncode == 0, done.stderr
+    return box
+
+
+@pytest.fixture(scope="module")
+def served(box):
+    done = box.run("deploy", "--topology", box.topology, "--detach")
+    assert done.returncode == 0, done.stderr
+    assert "ready" in done.stderr
+    yield box
+    assert box.run("down", "laptop").returncode == 0
+    assert box.processes() == []
+
+
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+ASK = {"model": "v4-tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 3}
+
+
+def text_of(stream):
+    parts = [c.choices[0].delta.content or "" for c in stream if c.choices]
+    return "".join(parts)
+
+
+def test_ready_says_how_it_was_checked(served):
+    ready = httpx.get(f"{served.url}/ready").json()
+    assert (ready["state"], ready["canary"]) == ("ready", "unreferenced")
+    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert [row["name"] for row in served.status()] == ["laptop"]
+
+
+def test_models(client):
+    assert [m.id for m in client.models.list()] == ["v4-tiny"]
+
+
+def test_a_seed_gives_the_same_answer_streamed_or_not_alone_or_not(client):
+    whole = client.chat.completions.create(**ASK, max_tokens=20)
+    streamed = text_of(client.chat.completions.create(**ASK, max_tokens=20, stream=True))
+    several = client.chat.completions.create(**ASK, max_tokens=20, n=3)
+    assert whole.choices[0].message.content == streamed
+    assert several.choices[0].message.content == streamed
+    assert len({c.message.content for c in several.choices}) > 1
+    assert whole.usage.completion_tokens <= 20
+    assert whole.choices[0].finish_reason in ("stop", "length")
+
+
+def test_logprobs(client):
+    answer = client.chat.completions.create(
+        **ASK, max_tokens=3, temperature=0, logprobs=True, top_logprobs=2
+    )
+    for entry in answer.choices[0].logprobs.content:
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)
+        assert len(entry.top_logprobs) == 2
+
+
+def test_tools_and_thinking_are_accepted(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    plain = client.chat.completions.create(**ASK, max_tokens=2)
+    asked = client.chat.completions.create(**ASK, max_tokens=2, tools=[tool])
+    thinking = client.chat.completions.create(**ASK, max_tokens=2, reasoning_effort="high")
+    assert asked.usage.prompt_tokens > plain.usage.prompt_tokens
+    assert thinking.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_completions(client):
+    done = client.completions.create(model="v4-tiny", prompt="abc", max_tokens=4, logprobs=1)
+    assert done.usage.prompt_tokens == 4
+    assert len(done.choices[0].logprobs.tokens) == done.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({"model": "gpt"}, 404, "model 'gpt' is not served here; 'v4-tiny' is"),
+        ({"temperature": 3}, 400, "temperature: "),
+        ({"messages": []}, 400, "messages: "),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 400}]},
+            400,
+            "4.. tokens, max_model_len is 256",
+        ),
+        ({"tool_choice": "required"}, 400, "tool_choice: 'required' is not supported yet"),
+        ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported yet"),
+        ({"stop": ["a"] * 5}, 400, "at most 4"),
+        ({"n": 0}, 400, "n: "),
+        ({"no_such_thing": 1}, 400, "no_such_thing"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
+)
+def test_bad_requests_get_an_openai_error(served, change, status, says):
+    import re
+
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=ASK | change)
+    assert answer.status_code == status
+    assert re.search(says, answer.json()["error"]["message"])
+
+
+def test_malformed_json_is_a_400(served):
+    answer = httpx.post(f"{served.url}/v1/chat/completions", content=b"{")
+    assert answer.status_code == 400
+    assert "not JSON" in answer.json()["error"]["message"]
+
+
+def test_deploying_the_same_plan_again_changes_nothing(served):
+    before = served.processes()
+    done = served.run("deploy", "--topology", served.topology, "--detach")
+    assert (done.returncode, served.processes()) == (0, before)
+    assert "runs already" in done.stdout
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(served):
+    done = served.run("deploy", "--topology", served.topology, "--set", "name=other")
+    assert done.returncode == 4
+    assert f"port {served.port}" in done.stderr
+    assert "held by pid" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_deployment_with_exit_6(box, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--set", "name=mortal", "--port", str(port)], env=box.env, stderr=out
+        )
+    try:
+        wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
+        ranks = [p for p in box.processes() if b"runtime.worker" in cmdline(p)]
+        for pid in ranks:
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(timeout=60) == 6
+        assert "mortal" in (tmp_path / "out").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_lets_a_running_answer_finish(box, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--set", "name=drained", "--port", str(port)], env=box.env, stderr=out
+        )
+    try:
+        wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
+        body = ASK | {"stream": True, "max_tokens": 40, "seed": 1}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cmdline(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_for(is_so, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,161 @@
+"""`deploy`, `status`, `logs` and `down`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from v4_ascend.errors import ConfigError, DeadlineError, DeployError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("deploy")(deploy_command)
+    app.command("status")(status_command)
+    app.command("logs")(logs_command)
+    app.command("down")(down_command)
+
+
+def deploy_command(
+    topology: Annotated[str, typer.Option("--topology", help="file, or a bundled name")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value")] = None,
+    port: Annotated[int | None, typer.Option(help="instead of serve.port")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="return once it is ready")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan, start nothing")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="seconds until it must be ready")] = 600.0,
+) -> None:
+    """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
+    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.config.topology import load_topology, require_supported
+    from v4_ascend.deploy.state import find
+    from v4_ascend.runtime.load import resolve_checkpoint
+    from v4_ascend.supernode.plan import trivial_plan
+
+    overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
+    wanted = load_topology(topology, overrides)
+    require_supported(wanted)
+    checkpoint = Checkpoint(resolve_checkpoint(wanted.model.checkpoint))
+    checkpoint.require_complete()
+    plan = trivial_plan(wanted, checkpoint.config)
+    if dry_run:
+        typer.echo(plan.model_dump_json(indent=2))
+        return
+    if (found := find(plan.name)) is not None:
+        if found.digest != plan.digest:
+            raise DeployError(
+                f"{plan.name} runs already (pid {found.pid}, {found.url}) with another plan; "
+                f"v4-ascend down {plan.name} first"
+            )
+        typer.echo(f"{plan.name} runs already: {found.url}/v1")
+        return
+    if detach:
+        _detach(topology, overrides, plan.name, timeout)
+        return
+    from v4_ascend.deploy.local import LocalDeployment
+
+    LocalDeployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
+
+
+def _detach(topology: str, overrides: list[str], name: str, timeout: float) -> None:
+    """Start ourselves in a session of our own and follow until ready or ended."""
+    import subprocess
+    import sys
+    import time
+
+    from v4_ascend.deploy.state import state_root
+
+    folder = state_root() / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "supervisor.log"
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", topology]
+    command += [a for o in overrides for a in ("--set", o)] + ["--timeout", str(timeout)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    shown, deadline = 0, time.monotonic() + timeout + 60
+    while time.monotonic() < deadline:
+        ended = process.poll()
+        lines = log.read_text(encoding="utf-8").splitlines()
+        for line in lines[shown:]:
+            typer.echo(line, err=True)
+        shown = len(lines)
+        if any(": ready: " in line for line in lines):
+            return
+        if ended is not None:
+            raise typer.Exit(ended)
+        time.sleep(0.1)
+    raise DeadlineError(f"{name}: no word after {timeout:g} s; log: {log}")
+
+
+def status_command(
+    name: Annotated[str | None, typer.Argument(help="one deployment")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Say what runs on this machine and whether it is ready."""
+    import httpx
+
+    from v4_ascend.deploy.state import running
+
+    rows = []
+    for s in running():
+        if name not in (None, s.name):
+            continue
+        try:
+            ready = httpx.get(f"{s.url}/ready", timeout=5).json()
+        except httpx.TransportError as e:
+            ready = {"state": f"no answer: {e}"}
+        rows.append({"name": s.name, "pid": s.pid, "url": s.url, "model": s.model, **ready})
+    if as_json:
+        out = {"version": 1, "status": "ok", "data": rows, "diagnostics": []}
+        typer.echo(json.dumps(out, indent=2))
+    elif not rows:
+        typer.echo("nothing runs" if name is None else f"{name} does not run")
+    for row in rows if not as_json else ():
+        canary = f", canary {row['canary']}" if row.get("canary") else ""
+        line = f"{row['name']}: {row['state']}, {row['url']}/v1, model {row['model']}"
+        typer.echo(f"{line}, pid {row['pid']}{canary}")
+
+
+def logs_command(name: Annotated[str, typer.Argument(help="a deployment")]) -> None:
+    """Print the logs of a deployment's processes."""
+    from v4_ascend.deploy.state import state_root
+
+    files = sorted((state_root() / name).glob("*.log"))
+    if not files:
+        raise ConfigError(name, "no logs; v4-ascend status lists what runs")
+    for file in files:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            typer.echo(f"{file.stem}: {line}")
+
+
+def down_command(
+    name: Annotated[str, typer.Argument(help="a deployment")],
+    timeout: Annotated[float, typer.Option(help="seconds to wait for it")] = 60.0,
+) -> None:
+    """Stop a deployment: running requests finish, then everything it started ends."""
+    import os
+    import signal
+    import time
+
+    from v4_ascend.deploy.state import find
+
+    found = find(name)
+    if found is None:
+        typer.echo(f"{name} does not run")
+        return
+    os.kill(found.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while found.is_running():
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"{name}: pid {found.pid} still runs after {timeout:g} s")
+        time.sleep(0.1)
+    typer.echo(f"{name}: stopped")
