@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.model import DERIVED, NAMES, ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.errors import ConfigError
 
@@ -60,13 +60,22 @@ def without(key):
         (FLASH | {"compress_ratios": [0, 2] + [4] * 41 + [0]}, r"has \[2\], must be 0, 4 or 128"),
         (FLASH | {"compress_ratios": [4] * 44}, "MTP layers must be 0"),
         (without("compress_ratios"), "no compress_ratios"),
-        (without("hidden_size"), "dim: Field required"),
+        (without("hidden_size"), "hidden_size is missing"),
         (FLASH | {"o_groups": 7}, r"o_groups \(7\) must divide n_heads \(64\)"),
         (FLASH | {"qk_rope_head_dim": 63}, r"rope_head_dim \(63\) must be even"),
         (FLASH | {"num_experts_per_tok": 300}, r"\(300\) must not exceed n_routed_experts \(256\)"),
-        (FLASH | {"hidden_size": "big"}, "dim: "),
+        (FLASH | {"hidden_size": "big"}, "hidden_size must be a valid integer.* got 'big'"),
+        (FLASH | {"hidden_size": 0}, "hidden_size must be greater than .* 1, got 0"),
+        (FLASH | {"rms_norm_eps": -1.0}, "rms_norm_eps must be greater than 0, got -1.0"),
+        (FLASH | {"num_hidden_layers": "x"}, "num_hidden_layers must be a valid integer"),
+        (FLASH | {"num_nextn_predict_layers": None}, "num_nextn_predict_layers must be"),
+        (FLASH | {"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+        (FLASH | {"quantization_config": "fp8"}, "quantization_config must be an object"),
+        (FLASH | {"moe_intermediate_size": 96}, r"moe_inter_dim \(96\) must be a multiple of 128"),
+        (FLASH | {"dspark_block_size": 5}, "dspark_noise_token_id is missing"),
+        (FLASH | {"dspark_size": 5}, "dspark_.* is missing"),
         (FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings is True, V4 has False"),
-        (FLASH | {"scoring_func": "softmax"}, "score_func: "),
+        (FLASH | {"scoring_func": "softmax"}, "scoring_func must be .* got 'softmax'"),
         (FLASH | {"torch_dtype": "float16"}, "torch_dtype is 'float16'"),
         (FLASH | {"quantization_config": {"quant_method": "gptq"}}, "'gptq' in blocks of None"),
         (FLASH | {"rope_scaling": {"type": "linear"}}, "rope_scaling.type is 'linear'"),
@@ -75,6 +84,15 @@ def without(key):
 def test_a_wrong_config_is_refused_with_the_numbers(raw, says):
     with pytest.raises(ConfigError, match=says):
         ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("key", sorted(NAMES.keys() | DERIVED))
+@pytest.mark.parametrize("value", [None, "x", -1, 1.5, True, [], {}, float("nan")], ids=repr)
+def test_no_value_of_any_key_is_more_than_a_config_error(key, value):
+    try:
+        ModelConfig.from_hf(FLASH | {key: value})
+    except ConfigError as e:
+        assert e.where == "config.json"
 
 
 def test_v41_is_refused_by_name():

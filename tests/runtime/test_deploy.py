@@ -31,7 +31,7 @@ class Box:
         self.topology = folder / "t.yaml"
         text = (ROOT / "configs/topology/laptop.yaml").read_text()
         text = text.replace(".demo/tiny", str(folder / "tiny")).replace("8000", str(self.port))
-        self.topology.write_text(text.replace("max_model_len: 2048", "max_model_len: 256"))
+        self.topology.write_text(text.replace("max_model_len: 2048", "max_model_len: 1200"))
 
     def run(self, *args, timeout=120):
         command = [sys.executable, "-m", "v4_ascend", *map(str, args)]
@@ -144,9 +144,9 @@ def test_completions(client):
         ({"messages": []}, 400, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
         (
-            {"messages": [{"role": "user", "content": "x" * 400}]},
+            {"messages": [{"role": "user", "content": "x" * 1300}]},
             400,
-            "4.. tokens, max_model_len is 256",
+            "13.. tokens, max_model_len is 1200",
         ),
         ({"tool_choice": "required"}, 400, "tool_choice: 'required' is not supported yet"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported yet"),
