@@ -1,7 +1,10 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from v4_ascend.config.model import DERIVED, NAMES, ModelConfig
 from v4_ascend.config.presets import preset_path
@@ -86,13 +89,17 @@ def test_a_wrong_config_is_refused_with_the_numbers(raw, says):
         ModelConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("key", sorted(NAMES.keys() | DERIVED))
-@pytest.mark.parametrize("value", [None, "x", -1, 1.5, True, [], {}, float("nan")], ids=repr)
-def test_no_value_of_any_key_is_more_than_a_config_error(key, value):
-    try:
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(sorted(NAMES.keys() | DERIVED)), ANYTHING)
+def test_any_value_of_any_key_is_read_or_refused(key, value):
+    with suppress(ConfigError):
         ModelConfig.from_hf(FLASH | {key: value})
-    except ConfigError as e:
-        assert e.where == "config.json"
 
 
 def test_v41_is_refused_by_name():

@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from v4_ascend.errors import ConfigError
 
 LayerKind = Literal["swa", "csa", "hca"]
 KINDS: dict[int, LayerKind] = {0: "swa", 4: "csa", 128: "hca"}
 SUPPORTED = "deepseek_v4"
+ACT_GROUP, KV_GROUP, INDEX_GROUP = 128, 64, 32  # channels that share a scale when quantised
+
+Count = Annotated[int, Field(ge=1)]
+Ordinal = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 # HF key -> ours. What is not here is either in DERIVED, known and dropped, or reported.
 NAMES = {
@@ -90,53 +95,53 @@ class DSparkConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    block_size: int
-    noise_token_id: int
-    target_layer_ids: tuple[int, ...]
-    markov_rank: int
+    block_size: Count
+    noise_token_id: Ordinal
+    target_layer_ids: tuple[Ordinal, ...] = Field(min_length=1)
+    markov_rank: Count
 
 
 class ModelConfig(BaseModel):
     """One V4 model. `compress_ratios` has an entry per layer, MTP layers last."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int
-    dim: int
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    rope_head_dim: int
-    q_lora_rank: int
-    o_lora_rank: int
-    o_groups: int
-    window_size: int
+    vocab_size: Count
+    dim: Count
+    n_layers: Count
+    n_heads: Count
+    head_dim: Count
+    rope_head_dim: Count
+    q_lora_rank: Count
+    o_lora_rank: Count
+    o_groups: Count
+    window_size: Count
     compress_ratios: tuple[int, ...]
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    n_routed_experts: int
-    n_shared_experts: int = 1
-    n_activated_experts: int
-    moe_inter_dim: int
+    index_n_heads: Count
+    index_head_dim: Count
+    index_topk: Count
+    n_routed_experts: Count
+    n_shared_experts: Count = 1
+    n_activated_experts: Count
+    moe_inter_dim: Count
     score_func: Literal["sqrtsoftplus"] = "sqrtsoftplus"
-    route_scale: float
-    n_hash_layers: int
-    swiglu_limit: float
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    compress_rope_theta: float = 160000.0
-    rope_factor: float = 16.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    original_seq_len: int = 65536
-    max_seq_len: int = 1048576
-    n_mtp_layers: int = 1
-    bos_token_id: int = 0
-    eos_token_id: int = 1
+    route_scale: Positive
+    n_hash_layers: Ordinal
+    swiglu_limit: Positive
+    hc_mult: Count = 4
+    hc_sinkhorn_iters: Count = 20
+    hc_eps: Positive = 1e-6
+    norm_eps: Positive = 1e-6
+    rope_theta: Positive = 10000.0
+    compress_rope_theta: Positive = 160000.0
+    rope_factor: Positive = 16.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    original_seq_len: Count = 65536
+    max_seq_len: Count = 1048576
+    n_mtp_layers: Ordinal = 1
+    bos_token_id: Ordinal = 0
+    eos_token_id: Ordinal = 1
     quantization: Literal["fp8"] | None = None
     expert_dtype: Literal["fp4", "fp8"] | None = None
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -145,9 +150,6 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "window_size", "hc_mult"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         expected = self.n_layers + self.n_mtp_layers
         if len(self.compress_ratios) != expected:
             raise ValueError(
@@ -159,7 +161,7 @@ class ModelConfig(BaseModel):
         if any(self.compress_ratios[self.n_layers :]):
             raise ValueError("compress_ratios of MTP layers must be 0")
         self._check_divides("o_groups", "n_heads")
-        if self.rope_head_dim % 2 or not 0 < self.rope_head_dim <= self.head_dim:
+        if self.rope_head_dim % 2 or self.rope_head_dim > self.head_dim:
             raise ValueError(
                 f"rope_head_dim ({self.rope_head_dim}) must be even and at most head_dim "
                 f"({self.head_dim})"
@@ -175,11 +177,30 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"n_hash_layers ({self.n_hash_layers}) must not exceed n_layers ({self.n_layers})"
             )
+        if self.dspark and max(self.dspark.target_layer_ids) >= self.n_layers:
+            raise ValueError(
+                f"dspark_target_layer_ids {list(self.dspark.target_layer_ids)} must be below "
+                f"n_layers ({self.n_layers})"
+            )
+        if self.quantization:
+            self._check_groups()
         return self
+
+    def _check_groups(self) -> None:
+        for name, width, group in (
+            ("dim", self.dim, ACT_GROUP),
+            ("q_lora_rank", self.q_lora_rank, ACT_GROUP),
+            ("o_groups * o_lora_rank", self.o_groups * self.o_lora_rank, ACT_GROUP),
+            ("moe_inter_dim", self.moe_inter_dim, ACT_GROUP),
+            ("head_dim - rope_head_dim", self.head_dim - self.rope_head_dim, KV_GROUP),
+            ("index_head_dim", self.index_head_dim, INDEX_GROUP),
+        ):
+            if width % group:
+                raise ValueError(f"{name} ({width}) must be a multiple of {group} when quantised")
 
     def _check_divides(self, part: str, whole: str) -> None:
         n, of = getattr(self, part), getattr(self, whole)
-        if n < 1 or of % n:
+        if of % n:
             raise ValueError(f"{part} ({n}) must divide {whole} ({of})")
 
     def kind(self, layer: int) -> LayerKind:
@@ -228,10 +249,7 @@ class ModelConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as e:
-            problem = e.errors()[0]
-            name = ".".join(map(str, problem["loc"]))
-            message = problem["msg"].removeprefix("Value error, ")
-            raise ConfigError(where, f"{name}: {message}" if name else message) from None
+            raise ConfigError(where, _refusal(e)) from None
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` that `from_hf` reads back as this configuration."""
@@ -264,48 +282,76 @@ class ModelConfig(BaseModel):
         return out
 
 
+def _refusal(e: ValidationError) -> str:
+    """Say what is wrong under the key the file has."""
+    problem = e.errors()[0]
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    name, *rest = map(str, problem["loc"])
+    key = next((hf for hf, ours in NAMES.items() if ours == name), name)
+    key = "_".join([key, *rest]) if name == "dspark" else ".".join([key, *rest])
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{key} is not known"
+    rule = problem["msg"].partition(" should ")[2]
+    return f"{key} must {rule}, got {problem['input']!r}"
+
+
+def _section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any] | None:
+    section = raw.get(key)
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(where, f"{key} must be an object, got {section!r}")
+    return section
+
+
 def _derived(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    out: dict[str, Any] = {"compress_ratios": _layer_ratios(raw, values)}
-    scaling = raw.get("rope_scaling")
+    out = _rope(raw, where) | _dtypes(raw, where)
+    out["compress_ratios"] = _layer_ratios(raw, values)
+    dspark = {k.removeprefix("dspark_"): v for k, v in raw.items() if k.startswith("dspark_")}
+    return out | ({"dspark": dspark} if dspark else {})
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    scaling = _section(raw, "rope_scaling", where)
     if scaling is None:
         raise ConfigError(where, "no rope_scaling; V4 has YaRN on its compressed layers")
-    if scaling.get("type", scaling.get("rope_type")) != "yarn":
-        raise ConfigError(where, f"rope_scaling.type is {scaling.get('type')!r}, V4 has 'yarn'")
-    for key, ours in (
-        ("factor", "rope_factor"),
-        ("beta_fast", "beta_fast"),
-        ("beta_slow", "beta_slow"),
-        ("original_max_position_embeddings", "original_seq_len"),
-    ):
-        if key in scaling:
-            out[ours] = scaling[key]
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind != "yarn":
+        raise ConfigError(where, f"rope_scaling.type is {kind!r}, V4 has 'yarn'")
+    names = {
+        "factor": "rope_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "original_max_position_embeddings": "original_seq_len",
+    }
+    return {ours: scaling[key] for key, ours in names.items() if key in scaling}
+
+
+def _dtypes(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     dtype = str(raw.get("torch_dtype", raw.get("dtype", "bfloat16")))
     names = {"bfloat16": "bf16", "float32": "fp32"}
     if dtype not in names:
         raise ConfigError(where, f"torch_dtype is {dtype!r}; supported: {', '.join(names)}")
-    out["dtype"] = names[dtype]
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-        if method != "fp8" or list(block or ()) != [128, 128]:
-            raise ConfigError(
-                where,
-                f"quantization_config is {method!r} in blocks of {block}; V4 has 'fp8' in "
-                "blocks of [128, 128]",
-            )
-        out["quantization"] = "fp8"
-        # The April Flash config leaves it out; its experts are FP4 all the same.
-        out["expert_dtype"] = raw.get("expert_dtype", "fp4")
-    if "dspark_block_size" in raw:
-        fields = {k.removeprefix("dspark_"): v for k, v in raw.items() if k.startswith("dspark_")}
-        out["dspark"] = fields
-    return out
+    quantization = _section(raw, "quantization_config", where)
+    if quantization is None:
+        return {"dtype": names[dtype]}
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method != "fp8" or block != [128, 128]:
+        raise ConfigError(
+            where,
+            f"quantization_config is {method!r} in blocks of {block}; V4 has 'fp8' in "
+            "blocks of [128, 128]",
+        )
+    # The April Flash config leaves expert_dtype out; its experts are FP4 all the same.
+    experts = raw.get("expert_dtype") or "fp4"
+    return {"dtype": names[dtype], "quantization": "fp8", "expert_dtype": experts}
 
 
 def _layer_ratios(raw: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     """Drop the trailing zeros by which later configs exceed one entry per layer."""
-    ratios = raw["compress_ratios"]
-    n = values.get("n_layers", 0) + values.get("n_mtp_layers", 1)
-    if isinstance(ratios, list) and len(ratios) > n and not any(ratios[n:]):
-        return ratios[:n]
-    return ratios
+    ratios, counts = raw["compress_ratios"], (values.get("n_layers"), values.get("n_mtp_layers", 1))
+    if not isinstance(ratios, list) or not all(isinstance(n, int) for n in counts):
+        return ratios  # which is wrong with them, the fields say
+    n = sum(counts)
+    return ratios if any(ratios[n:]) else ratios[:n]
