@@ -50,8 +50,9 @@ class LocalDeployment:
         try:
             self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front"])
             self._wait_for_link(timeout_s)
-            self._start("ranks", _torchrun())
-            self._announce()
+            if not self._signals:
+                self._start("ranks", _torchrun())
+                self._announce()
             self._wait_ready(timeout_s)
             while not self._signals:
                 self._require_alive()
@@ -82,7 +83,7 @@ class LocalDeployment:
 
     def _wait_for_link(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        while not (self.folder / "link.json").exists():
+        while not (self.folder / "link.json").exists() and not self._signals:
             self._require_alive()
             self._require_time(deadline, "the front did not come up", timeout_s)
             time.sleep(POLL_SECONDS)

@@ -44,8 +44,20 @@ class Dispatcher:
         self._rank_pid: int | None = None
 
     async def run(self) -> None:
-        """Bring the rank up, then run steps until cancelled."""
-        await asyncio.gather(self._watch(), self._steps())
+        """Bring the rank up, then run steps until cancelled.
+
+        A failure in here is a failure of the deployment, and `/ready` says so.
+        """
+        steps = asyncio.create_task(self._steps())
+        steps.add_done_callback(self._ended)
+        try:
+            await asyncio.gather(self._watch(), steps)
+        finally:
+            steps.cancel()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._lose(f"{type(error).__name__}: {error}")
 
     async def generate(
         self, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling
@@ -101,10 +113,12 @@ class Dispatcher:
                 self._lose(message.reason)
 
     async def _come_up(self) -> None:
-        while not self.health.is_ready:
+        while self._rank_pid is None:  # whoever does not know the secret is not listened to
             match await self.link.receive():
                 case Hello(secret, pid) if secret == self.link.address.secret:
                     self._rank_pid, self.health.state = pid, "loading"
+        while not self.health.is_ready:
+            match await self.link.receive():
                 case Loading(done, total):
                     self.health.loaded_bytes, self.health.total_bytes = done, total
                     self.health.state = "canary" if done == total else "loading"

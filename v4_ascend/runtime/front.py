@@ -148,14 +148,16 @@ class Front:
         queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
 
         async def pump(choice: int) -> None:
-            try:
-                async for event in run_choice(self.dispatcher, self.tokenizer, wanted, choice):
-                    queue.put_nowait(event)
-                queue.put_nowait(None)
-            except RequestError as e:
-                queue.put_nowait(e)
+            async for event in run_choice(self.dispatcher, self.tokenizer, wanted, choice):
+                queue.put_nowait(event)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            # Every end is told, a failure of ours too: nobody may wait for a dead task.
+            queue.put_nowait(None if task.cancelled() else task.exception())
 
         tasks = [asyncio.create_task(pump(i)) for i in range(n)]
+        for task in tasks:
+            task.add_done_callback(ended)
         try:
             left = n
             while left:
