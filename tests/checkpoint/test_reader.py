@@ -163,6 +163,14 @@ def index_is_not_json(folder):
     (folder / INDEX).write_text("{")
 
 
+def index_names_a_number(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"norm.weight": 3}}))
+
+
+def index_names_a_file_elsewhere(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"norm.weight": "../x"}}))
+
+
 def index_names_another_file(folder):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"]["norm.weight"] = SHARD
@@ -187,6 +195,8 @@ def nothing_there(folder):
         (two_files_claim_one_tensor, r"is in extra\.safetensors and in model-00003"),
         (shard_is_gone, "names files that are not there: model-00003"),
         (index_is_not_json, "is not a safetensors index"),
+        (index_names_a_number, "weight_map must give a file name for each tensor"),
+        (index_names_a_file_elsewhere, "weight_map must give a file name for each tensor"),
         (index_names_another_file, r"norm\.weight should be in model-00003.*, is in model-00008"),
         (nothing_there, "neither model.safetensors.index.json nor model.safetensors is there"),
     ],
@@ -229,6 +239,14 @@ def replace_tensor(folder, name, tensor):
 def test_what_the_config_does_not_describe_is_listed(folder, name, tensor, says):
     replace_tensor(folder, name, tensor)
     with pytest.raises(CheckpointError, match=says):
+        Checkpoint(folder).require_complete()
+
+
+def test_an_index_with_another_total_is_a_problem(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["metadata"]["total_size"] += 1
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"the index says [\d,]+ bytes, the files hold"):
         Checkpoint(folder).require_complete()
 
 

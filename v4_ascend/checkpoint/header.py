@@ -58,13 +58,13 @@ def read_header(file: Path) -> list[TensorHeader]:
         raise CheckpointError(f"{file}: cannot be read: {e.strerror}") from e
     try:
         raw = json.loads(text, object_pairs_hook=_unique)
-    except (UnicodeDecodeError, ValueError) as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: header is not valid: {e}") from e
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: header must be a JSON object")
     raw.pop("__metadata__", None)
     headers = [_header(file, name, value, 8 + length) for name, value in raw.items()]
-    headers.sort(key=lambda h: h.begin)
+    headers.sort(key=lambda h: (h.begin, h.end))  # an empty tensor shares its begin
     _check_layout(file, headers, 8 + length, size)
     return headers
 
@@ -78,22 +78,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _header(file: Path, name: str, value: Any, data: int) -> TensorHeader:
-    try:
-        dtype, shape = value["dtype"], tuple(value["shape"])
-        begin, end = value["data_offsets"]
-        nbytes = prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else None
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{file}: {name}: header entry is not valid: {value!r}") from e
-    if nbytes is None:
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            pass
+        case _:
+            raise CheckpointError(f"{file}: {name}: header entry is not valid: {value!r}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: {name}: sizes must be whole numbers: {value!r}")
+    if dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"{file}: {name}: dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}"
         )
+    nbytes = prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{file}: {name}: {dtype} {list(shape)} takes {nbytes} bytes, "
+            f"{file}: {name}: {dtype} {shape} takes {nbytes} bytes, "
             f"its offsets {begin}..{end} hold {end - begin}"
         )
-    return TensorHeader(name, dtype, shape, file, data + begin, data + end)
+    return TensorHeader(name, dtype, tuple(shape), file, data + begin, data + end)
 
 
 def _check_layout(file: Path, headers: list[TensorHeader], data: int, size: int) -> None:

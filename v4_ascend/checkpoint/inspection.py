@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from v4_ascend.checkpoint.header import TensorHeader
@@ -21,6 +21,7 @@ class Inspection:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
+    total_size: int | None  # what the index says
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -29,10 +30,17 @@ class Inspection:
             *(f"{name} is missing" for name in self.missing),
             *(f"{name} is not part of this model" for name in self.unexpected),
             *self.mismatched,
+            *self._miscounted(),
         )
 
+    def _miscounted(self) -> Iterator[str]:
+        if self.total_size is not None and self.total_size != self.nbytes:
+            yield f"the index says {self.total_size:,} bytes, the files hold {self.nbytes:,}"
 
-def inspect_headers(headers: Mapping[str, TensorHeader], specs: Iterable[TensorSpec]) -> Inspection:
+
+def inspect_headers(
+    headers: Mapping[str, TensorHeader], specs: Iterable[TensorSpec], total_size: int | None
+) -> Inspection:
     """Compare headers with an inventory."""
     expected = {s.name: s for s in specs}
     counts = Counter(h.dtype for h in headers.values())
@@ -53,4 +61,5 @@ def inspect_headers(headers: Mapping[str, TensorHeader], specs: Iterable[TensorS
             for h, s in both
             if (h.dtype, h.shape) != (s.dtype, s.shape)
         ),
+        total_size=total_size,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class Checkpoint:
             raise CheckpointError(f"{path}: no such folder; a checkpoint is a folder")
         self.path = path
         self.config = ModelConfig.read(path)
-        self.headers: Mapping[str, TensorHeader] = _headers(path)
+        index = _Index.read(path)
+        self.total_size = index.total_size
+        self.headers: Mapping[str, TensorHeader] = _headers(path, index)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor; FP4 comes as the int8 and scales as the E8M0 they are stored as.
@@ -72,7 +75,7 @@ class Checkpoint:
 
     def check(self) -> Inspection:
         """Compare the headers with the inventory of the config."""
-        return inspect_headers(self.headers, inventory(self.config))
+        return inspect_headers(self.headers, inventory(self.config), self.total_size)
 
     def require_complete(self) -> None:
         """Raise CheckpointError naming everything missing, unexpected or of another shape."""
@@ -92,38 +95,57 @@ class Checkpoint:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _headers(path: Path) -> dict[str, TensorHeader]:
-    files, claimed = _files(path)
+@dataclass(frozen=True)
+class _Index:
+    """Which files there are, and what the index, if there is one, says of them."""
+
+    files: tuple[Path, ...]
+    claimed: Mapping[str, str]
+    total_size: int | None
+
+    @classmethod
+    def read(cls, path: Path) -> _Index:
+        file = path / INDEX
+        if not file.exists():
+            if not (path / SINGLE).exists():
+                raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there")
+            return cls((path / SINGLE,), {}, None)
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise CheckpointError(f"{file}: is not a safetensors index: {e}") from e
+        match raw:
+            case {"weight_map": dict(claimed)} if all(map(_is_file_name, claimed.values())):
+                names = sorted(set(claimed.values()))
+            case _:
+                raise CheckpointError(f"{file}: weight_map must give a file name for each tensor")
+        total_size: int | None = None
+        match raw:
+            case {"metadata": {"total_size": int(size)}}:
+                total_size = size
+        if missing := [n for n in names if not (path / n).is_file()]:
+            raise CheckpointError(f"{file}: names files that are not there: {', '.join(missing)}")
+        return cls(tuple(path / n for n in names), claimed, total_size)
+
+
+def _headers(path: Path, index: _Index) -> dict[str, TensorHeader]:
     found: dict[str, TensorHeader] = {}
-    for file in files:
+    for file in index.files:
         for header in read_header(file):
             if header.name in found:
                 raise CheckpointError(
                     f"{path}: {header.name} is in {found[header.name].file.name} and in {file.name}"
                 )
             found[header.name] = header
-    for name, file_name in claimed.items():
+    for name, file_name in index.claimed.items():
         if name not in found or found[name].file.name != file_name:
             where = f"is in {found[name].file.name}" if name in found else "is in no file"
             raise CheckpointError(f"{path / INDEX}: {name} should be in {file_name}, {where}")
     return found
 
 
-def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """Find the checkpoint's files, and which tensor the index says is in which."""
-    index = path / INDEX
-    if not index.exists():
-        if not (path / SINGLE).exists():
-            raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there")
-        return [path / SINGLE], {}
-    try:
-        claimed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(claimed.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{index}: is not a safetensors index: {e!r}") from e
-    if missing := [n for n in names if not (path / n).is_file()]:
-        raise CheckpointError(f"{index}: names files that are not there: {', '.join(missing)}")
-    return [path / n for n in names], claimed
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
 
 
 def _check_scale(header: TensorHeader, scale: torch.Tensor) -> None:
