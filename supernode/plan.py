@@ -84,14 +84,19 @@ def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
 
     Raises:
         ConfigError: the model is not made for the asked length.
-        NotYetError: the topology has more than one device.
+        NotYetError: the topology has more than one device, or its layout more than one rank.
     """
-    if topology.cluster.n_devices != 1:
-        raise NotYetError(
-            topology.where("cluster.supernodes"),
-            f"{topology.cluster.n_devices} devices: not yet; a plan of one device is what there is",
-        )
     t, serve = topology, topology.serve
+    if t.cluster.n_devices != 1:
+        raise NotYetError(
+            t.where("cluster.supernodes"),
+            f"{t.cluster.n_devices} devices: not yet; a plan of one device is what there is",
+        )
+    if t.layout != "auto" and t.layout.world_size != 1:
+        raise NotYetError(
+            t.where("layout"),
+            f"layout: {t.layout.world_size} ranks: not yet; a plan of one rank is what there is",
+        )
     if serve.max_model_len > config.max_seq_len:
         raise ConfigError(
             t.where("serve.max_model_len"),
