@@ -1,6 +1,7 @@
 """Commands as a user types them, in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -60,8 +61,6 @@ def test_inspect_reports_json(tiny):
 
 
 def test_inspect_of_an_incomplete_checkpoint_exits_1_and_names_what_is_missing(tiny, tmp_path):
-    import shutil
-
     folder = shutil.copytree(tiny, tmp_path / "broken")
     config = json.loads((folder / "config.json").read_text())
     config["num_hash_layers"] = 1
@@ -70,6 +69,29 @@ def test_inspect_of_an_incomplete_checkpoint_exits_1_and_names_what_is_missing(t
     assert done.returncode == 1
     assert json.loads(done.stdout)["data"]["missing"] == ["layers.1.ffn.gate.bias"]
     assert json.loads(done.stdout)["data"]["unexpected"] == ["layers.1.ffn.gate.tid2eid"]
+
+
+def test_inspect_prints_what_there_is_and_what_is_wrong(tiny, tmp_path):
+    done = run("inspect", tiny)
+    assert done.returncode == 0
+    assert "DeepSeek-V4, fp32, experts fp32" in done.stdout
+    assert "layers: 1 SWA, 3 CSA, 2 HCA, 1 MTP" in done.stdout
+    assert "complete: every tensor is there, none is unexpected" in done.stdout
+
+    config = json.loads((tiny / "config.json").read_text()) | {"num_hash_layers": 1, "new": 1}
+    folder = shutil.copytree(tiny, tmp_path / "broken")
+    (folder / "config.json").write_text(json.dumps(config))
+    done = run("inspect", folder)
+    assert done.returncode == 1
+    assert "layers.1.ffn.gate.bias is missing" in done.stdout
+    assert "config.json has 'new', which V4 does not know" in done.stdout
+
+
+def test_inspect_reports_json_of_what_cannot_be_opened_too():
+    done = run("inspect", "/nowhere", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["status"], report["data"]) == (1, "error", None)
+    assert "/nowhere: no such folder" in report["diagnostics"][0]
 
 
 def test_parity_record_writes_logits_and_how_they_came_about(tiny, ids, tmp_path):

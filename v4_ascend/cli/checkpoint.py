@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from v4_ascend.errors import ConfigError
+from v4_ascend.errors import ConfigError, V4AscendError
 
 
 class Format(StrEnum):
@@ -32,62 +32,27 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says."""
     from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.cli.inspection import facts, print_inspection
 
-    found = Checkpoint(checkpoint)
+    try:
+        found = Checkpoint(checkpoint)
+    except V4AscendError as e:
+        if not as_json:
+            raise
+        _echo_json(None, (str(e),))
+        raise typer.Exit(e.exit_code) from e
     config, report = found.config, found.check()
-    formats = (
-        f"{config.quantization or config.dtype}, experts {config.expert_dtype or config.dtype}"
-    )
-    kinds = [config.kind(n) for n in range(config.n_layers)]
-    data = {
-        "checkpoint": str(checkpoint),
-        "model_type": "deepseek_v4",
-        "formats": formats,
-        "layers": {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")},
-        "mtp_layers": config.n_mtp_layers,
-        "drafter": "dspark" if config.dspark else None,
-        "tensors": report.n_tensors,
-        "bytes": report.nbytes,
-        "tensors_by_dtype": report.tensors_by_dtype,
-        "bytes_by_dtype": report.bytes_by_dtype,
-        "missing": report.missing,
-        "unexpected": report.unexpected,
-        "unknown_config_keys": config.unknown_keys,
-    }
-    status = "error" if report.problems else "ok"
     if as_json:
-        out = {"version": 1, "status": status, "data": data, "diagnostics": report.problems}
-        typer.echo(json.dumps(out, indent=2))
+        _echo_json(facts(config, report), report.problems)
     else:
-        _print(data, report.problems)
+        print_inspection(checkpoint, config, report)
     raise typer.Exit(1 if report.problems else 0)
 
 
-def _print(data: dict[str, object], problems: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    layers = data["layers"]
-    assert isinstance(layers, dict)
-    console.print(f"[bold]{data['checkpoint']}[/bold]: DeepSeek-V4, {data['formats']}")
-    kinds = ", ".join(f"{n} {kind.upper()}" for kind, n in layers.items() if n)
-    extra = "DSpark drafter" if data["drafter"] else f"{data['mtp_layers']} MTP"
-    console.print(f"layers: {kinds}, {extra}")
-    table = Table("dtype", "tensors", "bytes")
-    counts, nbytes = data["tensors_by_dtype"], data["bytes_by_dtype"]
-    assert isinstance(counts, dict)
-    assert isinstance(nbytes, dict)
-    for dtype, n in counts.items():
-        table.add_row(dtype, f"{n:,}", f"{nbytes[dtype]:,}")
-    table.add_row("all", f"{data['tensors']:,}", f"{data['bytes']:,}")
-    console.print(table)
-    for problem in problems:
-        console.print(f"[red]{problem}[/red]", highlight=False)
-    for key in data["unknown_config_keys"] or ():  # type: ignore[attr-defined]
-        console.print(f"note: config.json has {key!r}, which V4 does not know; it is ignored")
-    if not problems:
-        console.print("complete: every tensor is there, none is unexpected")
+def _echo_json(data: dict[str, object] | None, problems: tuple[str, ...]) -> None:
+    status = "error" if problems else "ok"
+    out = {"version": 1, "status": status, "data": data, "diagnostics": problems}
+    typer.echo(json.dumps(out, indent=2))
 
 
 def init_command(
