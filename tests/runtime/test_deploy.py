@@ -164,6 +164,12 @@ def test_bad_requests_get_an_openai_error(served, change, status, says):
     assert re.search(says, answer.json()["error"]["message"])
 
 
+def test_an_unknown_path_is_an_openai_error_too(served):
+    answer = httpx.get(f"{served.url}/v1/nothing")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "not_found_error"
+
+
 def test_malformed_json_is_a_400(served):
     answer = httpx.post(f"{served.url}/v1/chat/completions", content=b"{")
     assert answer.status_code == 400

@@ -59,6 +59,16 @@ class Dispatcher:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._lose(f"{type(error).__name__}: {error}")
 
+    def require_room(self, n: int) -> None:
+        """Refuse before a response has begun what could not be served.
+
+        Raises:
+            RequestError: the ranks are not there (503), or the queue is full (429).
+        """
+        if not self.health.is_ready:
+            raise RequestError(f"not ready: {self.health.reason or self.health.state}", status=503)
+        self.scheduler.require_room(n)
+
     async def generate(
         self, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling
     ) -> AsyncIterator[Token]:
@@ -67,8 +77,7 @@ class Dispatcher:
         Raises:
             RequestError: the queue is full (429), the ranks are not there (503) or died (500).
         """
-        if not self.health.is_ready:
-            raise RequestError(f"not ready: {self.health.reason or self.health.state}", status=503)
+        self.require_room(1)
         request_id = next(self._ids)
         self.scheduler.add(
             Request(id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling)

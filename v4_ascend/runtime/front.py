@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from v4_ascend import __version__
 from v4_ascend.chat import ChatTokenizer, ToolCallDelta, encode_messages, encoder_release
@@ -42,6 +43,7 @@ MAX_WAITING = 256  # requests
 DRAIN_SECONDS = 30
 RETRY_AFTER = {"Retry-After": "1"}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
 
 class Front:
@@ -88,7 +90,7 @@ class Front:
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         limit = body.max_completion_tokens or body.max_tokens
         return Wanted(
-            **self._limits(self.tokenizer.encode_prompt(prompt), limit),
+            **self._limits(self.tokenizer.encode_prompt(prompt), limit, "messages"),
             sampling=self._sampling(body, n_logprobs),
             stops=body.stops,
             thinking=thinking,
@@ -107,7 +109,7 @@ class Front:
                 f"prompt: token ids must be 0..{self.config.vocab_size - 1}", param="prompt"
             )
         return Wanted(
-            **self._limits(ids, body.max_tokens),
+            **self._limits(ids, body.max_tokens, "prompt"),
             sampling=self._sampling(body, body.logprobs),
             stops=body.stops,
             thinking=False,
@@ -115,13 +117,13 @@ class Front:
             is_chat=False,
         )
 
-    def _limits(self, prompt_ids: list[int], asked: int | None) -> dict[str, Any]:
+    def _limits(self, prompt_ids: list[int], asked: int | None, param: str) -> dict[str, Any]:
         room = self.plan.max_model_len - len(prompt_ids)
         if room < 1:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, max_model_len is "
                 f"{self.plan.max_model_len} and must leave room for an answer",
-                param="messages",
+                param=param,
             )
         return {"prompt_ids": prompt_ids, "max_tokens": min(asked or room, room)}
 
@@ -245,7 +247,9 @@ def _sse(value: dict[str, Any]) -> str:
 
 def _error_json(e: RequestError) -> dict[str, Any]:
     kind = TYPES.get(e.status, "server_error" if e.status >= 500 else "invalid_request_error")
-    return {"error": {"message": str(e), "type": kind, "param": e.param, "code": e.status}}
+    return {
+        "error": {"message": str(e), "type": kind, "param": e.param, "code": CODES.get(e.status)}
+    }
 
 
 def _generation_defaults(folder: Path) -> tuple[float, float]:
@@ -273,6 +277,10 @@ def make_app(front: Front) -> FastAPI:
     async def refuse(_: Request, e: RequestError) -> JSONResponse:
         headers = RETRY_AFTER if e.status in (429, 503) else None
         return JSONResponse(_error_json(e), status_code=e.status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, e: HTTPException) -> JSONResponse:
+        return await refuse(request, RequestError(str(e.detail), status=e.status_code))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -308,9 +316,7 @@ def make_app(front: Front) -> FastAPI:
 async def _respond(
     front: Front, wanted: Wanted, body: ChatBody | CompletionBody
 ) -> Response | dict[str, Any]:
-    health = front.dispatcher.health
-    if not health.is_ready:
-        raise RequestError(f"not ready: {health.reason or health.state}", status=503)
+    front.dispatcher.require_room(body.n)
     fingerprint = f"v4-ascend-{__version__}-{front.plan.digest[:8]}"
     envelope = Envelope(body.model, wanted.is_chat, fingerprint, len(wanted.prompt_ids))
     if not body.stream:

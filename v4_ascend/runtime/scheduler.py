@@ -77,11 +77,15 @@ class Scheduler:
         Raises:
             RequestError: with status 429, the queue is full.
         """
-        if len(self._waiting) >= self.max_waiting:
+        self.require_room(1)
+        self._waiting.append(request)
+
+    def require_room(self, n: int) -> None:
+        """Raise RequestError with status 429 unless `n` more requests may wait."""
+        if len(self._waiting) + n > self.max_waiting:
             raise RequestError(
                 f"{len(self._waiting)} requests are waiting already; try again later", status=429
             )
-        self._waiting.append(request)
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; a slot in the step in flight is freed when that ends."""

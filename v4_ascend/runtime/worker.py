@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from v4_ascend.errors import V4AscendError
+from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.link import Address, RankLink
 from v4_ascend.runtime.messages import Failed, Hello, Loading, Ready
@@ -22,7 +23,9 @@ def main() -> None:
     link = RankLink(address)
     link.send(Hello(address.secret, os.getpid()))
     try:
-        _serve(link, Plan.read(state / "plan.json"))
+        plan = Plan.read(state / "plan.json")
+        with use_policy(kernels=plan.kernels, fallback=plan.fallback):
+            _serve(link, plan)
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
         link.send(Failed(f"{type(e).__name__}: {e}"))
         raise
