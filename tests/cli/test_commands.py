@@ -1,6 +1,7 @@
 """Commands as a user types them, in processes of their own."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -43,14 +44,15 @@ def test_help_comes_without_torch():
 
 
 def test_help_is_quick():
-    best = min(_seconds("--help") for _ in range(3))
-    assert best < 0.5
+    assert min(_cpu_seconds("--help") for _ in range(3)) < 0.5
 
 
-def _seconds(*args):
-    start = time.perf_counter()
+def _cpu_seconds(*args):
+    """Processor time of a command: unlike the clock, it does not see what else runs here."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run(*args).returncode == 0
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def test_inspect_reports_json(tiny):
