@@ -5,7 +5,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
