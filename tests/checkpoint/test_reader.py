@@ -100,6 +100,19 @@ def test_a_folder_with_something_in_it_is_not_overwritten(folder):
     assert [p.name for p in folder.parent.iterdir()] == ["tiny"]
 
 
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/tiny: cannot be written: File exists"):
+        write_synthetic(TINY, tmp_path / "file" / "tiny", seed=0)
+
+
+def test_a_checkpoint_larger_than_the_disk_is_refused_before_a_byte_is_written(tmp_path):
+    huge = TINY.model_copy(update={"vocab_size": 10**12})
+    with pytest.raises(ConfigError, match=r"needs [\d,]+ bytes, its disk has [\d,]+ free"):
+        write_synthetic(huge, tmp_path / "huge", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
 def truncated(folder):
     file = folder / SHARD
     file.write_bytes(file.read_bytes()[:-10])

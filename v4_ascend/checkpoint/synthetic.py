@@ -22,14 +22,6 @@ from v4_ascend.errors import ConfigError
 from v4_ascend.ops.formats import quantize_fp4, quantize_fp8_block, scale_to_float
 
 Format = Literal["fp8", "bf16", "fp32"]
-GENERATION = {
-    "_from_model_config": True,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 1.0,
-}
 
 
 def in_format(config: ModelConfig, format: Format) -> ModelConfig:
@@ -54,16 +46,21 @@ def write_synthetic(
     time; `progress` sees shards done and in all.
 
     Raises:
-        ConfigError: `out` exists and is not empty, or the vocabulary is too small.
+        ConfigError: `out` is taken or cannot be written, the disk is too small for the
+            checkpoint, or the vocabulary for its tokenizer.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(str(out), "exists and is not empty; give a new folder or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(out, sum(s.nbytes for s in inventory(config)))
+        half = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as e:
+        raise ConfigError(str(out), f"cannot be written: {e.strerror}") from e
     try:
         _write_shards(config, half, seed, progress)
         _write_json(half / "config.json", config.to_hf())
-        _write_json(half / "generation_config.json", GENERATION)
+        _write_json(half / "generation_config.json", _generation(config))
         write_byte_tokenizer(half, config.vocab_size)
         if out.exists():
             out.rmdir()
@@ -71,6 +68,23 @@ def write_synthetic(
         half.rename(out)
     finally:
         shutil.rmtree(half, ignore_errors=True)
+
+
+def _require_space(out: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if nbytes > free:
+        raise ConfigError(str(out), f"needs {nbytes:,} bytes, its disk has {free:,} free")
+
+
+def _generation(config: ModelConfig) -> dict[str, object]:
+    return {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
 
 
 def _write_shards(
@@ -119,12 +133,12 @@ def _generator(name: str, seed: int) -> torch.Generator:
 
 
 def _uniform(g: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.rand(shape, generator=g) - 0.5
+    return torch.rand(shape, generator=g).sub_(0.5)
 
 
 def _linear(g: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
     """Unit variance of outputs for unit variance of inputs."""
-    return _uniform(g, shape) * (12 / shape[-1]) ** 0.5
+    return _uniform(g, shape).mul_((12 / shape[-1]) ** 0.5)
 
 
 def _plain(spec: TensorSpec, config: ModelConfig, seed: int) -> torch.Tensor:
