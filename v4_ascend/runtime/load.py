@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 
@@ -43,20 +44,22 @@ def resolve_checkpoint(reference: str) -> Path:
 
     Raises:
         CheckpointError: the hub does not have it, or cannot be reached.
+        ConfigError: what follows ``hf:`` is not a repository's name.
     """
     if not reference.startswith("hf:"):
         return Path(reference)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
-    from v4_ascend.errors import CheckpointError
-
     repo, _, revision = reference.removeprefix("hf:").partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None))
+    except HFValidationError as e:
+        raise ConfigError(reference, "must be hf:org/name or hf:org/name@revision") from e
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as e:
         raise CheckpointError(f"{reference}: cannot be fetched: {e}") from e
