@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from v4_ascend.config.model import DERIVED, NAMES, ModelConfig
 from v4_ascend.config.presets import preset_path
@@ -100,6 +101,37 @@ ANYTHING = st.recursive(
 def test_any_value_of_any_key_is_read_or_refused(key, value):
     with suppress(ConfigError):
         ModelConfig.from_hf(FLASH | {key: value})
+
+
+@pytest.fixture(scope="module")
+def saved_by_transformers(tmp_path_factory):
+    """What AutoConfig writes after reading the published Flash config."""
+    folder = tmp_path_factory.mktemp("saved")
+    AutoConfig.from_pretrained(DATA / "v4_flash_config.json").save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_config_saved_by_transformers_is_the_same_model(saved_by_transformers):
+    assert "compress_ratios" not in saved_by_transformers
+    assert ModelConfig.from_hf(saved_by_transformers) == ModelConfig.from_hf(FLASH)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"layer_types": ["full_attention"]}, "layer_types must be a list of sliding_attention"),
+        ({"layer_types": None}, "layer_types must be a list of sliding_attention"),
+        ({"mlp_layer_types": ["moe", "hash_moe"]}, "every hash_moe before every moe"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types must be a list"),
+        ({"rope_parameters": {"rope_theta": 1}}, "rope_parameters must have main and compress"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be"),
+        ({"layer_types": ["sliding_attention"]}, r"has 2 entries, must have one per layer: 44"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_a_wrong_saved_config_is_refused(saved_by_transformers, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        ModelConfig.from_hf(saved_by_transformers | changes)
 
 
 def test_v41_is_refused_by_name():

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from v4_ascend.config.transformers5 import fold
 from v4_ascend.errors import ConfigError
 
 LayerKind = Literal["swa", "csa", "hca"]
@@ -227,7 +228,7 @@ class ModelConfig(BaseModel):
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """Translate a Hugging Face configuration.
+        """Translate a Hugging Face configuration, published or saved by transformers 5.
 
         Raises:
             ConfigError: not a V4 model, a key is missing, or a value is wrong.
@@ -237,6 +238,7 @@ class ModelConfig(BaseModel):
             raise ConfigError(
                 where, f"model_type is {found!r}; supported: {SUPPORTED!r} (V4 Flash, Pro, Base)"
             )
+        raw = fold(raw, where)
         if "compress_ratios" not in raw:
             raise ConfigError(where, "no compress_ratios; layers cannot be told apart without it")
         for key, value in FIXED.items():
