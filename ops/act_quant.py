@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from v4_ascend.ops import formats
-from v4_ascend.ops.op import Case, op
+from v4_ascend.ops.op import BOTH, OF_DIM, Case, op
 
 
 def _inputs(
@@ -28,7 +28,9 @@ def _cases(groups: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[Case]:
             for shape in (*small, *((128, w) for w in widths if w % group == 0)):
                 name = f"{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, shape))}-g{group}"
                 make = partial(_inputs, shape=shape, group_size=group, dtype=dtype)
-                yield Case(name, make, slow=shape[0] == 128)
+                yield Case(
+                    name, make, models=OF_DIM.get(shape[-1], BOTH) if shape[0] == 128 else ()
+                )
 
 
 def _grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:

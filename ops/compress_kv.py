@@ -80,7 +80,7 @@ def _cases() -> Iterator[Case]:
                     make = partial(
                         _inputs, lengths=seqs, ratio=ratio, head_dim=head_dim, dim=dim, dtype=dtype
                     )
-                    yield Case(f"{kind}-r{ratio}-{model}-{head_dim}", make, slow=True)
+                    yield Case(f"{kind}-r{ratio}-{model}-{head_dim}", make, models=(model,))
 
 
 def _pool(

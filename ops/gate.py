@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import FLASH, PRO, ROUNDED, Case, op
 
 WEIGHT_SUM_FLOOR = 1e-20  # all scores of a row may underflow; 0/0 must not reach the experts
-ROUTERS = ((8, 3, 1.5), (256, 6, 1.5), (384, 6, 2.5))  # n_experts, topk, route_scale
+# n_experts, topk, route_scale
+ROUTERS = ((8, 3, 1.5, ()), (256, 6, 1.5, FLASH), (384, 6, 2.5, PRO))
 
 
 def _scores(logits: torch.Tensor) -> torch.Tensor:
@@ -41,12 +42,12 @@ def _topk_inputs(
 
 
 def _topk_cases() -> Iterator[Case]:
-    for n_experts, topk, scale in ROUTERS:
+    for n_experts, topk, scale, models in ROUTERS:
         for n_tokens in (0, 1, 33):
             make = partial(
                 _topk_inputs, n_tokens=n_tokens, n_experts=n_experts, topk=topk, route_scale=scale
             )
-            yield Case(f"{n_tokens}x{n_experts}-top{topk}", make)
+            yield Case(f"{n_tokens}x{n_experts}-top{topk}", make, models)
 
 
 @op(cases=_topk_cases, tolerance=ROUNDED, canonical=_by_expert)
@@ -84,12 +85,12 @@ def _hash_inputs(
 
 
 def _hash_cases() -> Iterator[Case]:
-    for n_experts, topk, scale in ROUTERS:
+    for n_experts, topk, scale, models in ROUTERS:
         for n_tokens in (0, 1, 33):
             make = partial(
                 _hash_inputs, n_tokens=n_tokens, n_experts=n_experts, topk=topk, route_scale=scale
             )
-            yield Case(f"{n_tokens}x{n_experts}-top{topk}", make)
+            yield Case(f"{n_tokens}x{n_experts}-top{topk}", make, models)
 
 
 @op(cases=_hash_cases, tolerance=ROUNDED, canonical=_by_expert)

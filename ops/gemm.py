@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from v4_ascend.ops import formats
 from v4_ascend.ops.act_quant import act_quant
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ACT_GROUP = 128  # channels per activation scale of a GEMM input
@@ -37,7 +37,7 @@ def _gemm_cases(weight: str) -> Iterator[Case]:
         for m, n, k in (*SMALL, *FLASH_PRO):
             name = f"{str(dtype).removeprefix('torch.')}-{m}x{n}x{k}"
             make = partial(_gemm_inputs, m=m, n=n, k=k, weight=weight, out_dtype=dtype)
-            yield Case(name, make, slow=m == 33)
+            yield Case(name, make, models=OF_DIM[k] if m == 33 else ())
 
 
 @op(cases=partial(_gemm_cases, "fp8"), tolerance=ROUNDED)
@@ -122,7 +122,7 @@ def _grouped_cases() -> Iterator[Case]:
             for name, (sizes, n, k) in shapes.items():
                 make = partial(_grouped_inputs, sizes=sizes, n=n, k=k, weight=weight, dtype=dtype)
                 case = f"{weight}-{str(dtype).removeprefix('torch.')}-{name}"
-                yield Case(case, make, slow=n >= 2048)
+                yield Case(case, make, models=(name.split("-")[0],) if n >= 2048 else ())
 
 
 @op(cases=_grouped_cases, tolerance=ROUNDED)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import BOTH, ROUNDED, Case, op
 
 
 @cache
@@ -28,7 +28,11 @@ def _cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         for shape in ((0, 8), (1, 1), (3, 2, 16), (33, 128), (64, 64, 128)):
             name = f"{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, shape))}"
-            yield Case(name, partial(_inputs, shape=shape, dtype=dtype), slow=len(shape) > 2)
+            yield Case(
+                name,
+                partial(_inputs, shape=shape, dtype=dtype),
+                models=BOTH if shape[0] == 64 else (),
+            )
 
 
 @op(cases=_cases, tolerance=ROUNDED)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
 
 HC_MULT = 4
 SHAPES = ((0, 16), (1, 16), (3, 33), (16, 4096), (16, 7168))  # n_tokens, dim
@@ -20,7 +20,9 @@ def _cases(make: Any) -> Iterator[Case]:
         for n_tokens, dim in SHAPES:
             name = f"{str(dtype).removeprefix('torch.')}-{n_tokens}x{dim}"
             yield Case(
-                name, partial(make, n_tokens=n_tokens, dim=dim, dtype=dtype), slow=dim >= 4096
+                name,
+                partial(make, n_tokens=n_tokens, dim=dim, dtype=dtype),
+                models=OF_DIM.get(dim, ()),
             )
 
 

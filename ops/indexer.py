@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
+from v4_ascend.ops.op import BOTH, FLASH, PRO, ROUNDED, Case, Tolerance, op
 from v4_ascend.ops.ragged import locate, spans
 from v4_ascend.ops.records import RECORDS, load_rows, store_rows
 
@@ -71,7 +71,7 @@ def _score_cases() -> Iterator[Case]:
             record=record,
             dtype=torch.bfloat16,
         )
-        yield Case(f"{record}-flash-pro", make, slow=True)
+        yield Case(f"{record}-flash-pro", make, models=BOTH)
 
 
 @op(
@@ -135,17 +135,17 @@ def _topk_inputs(g: torch.Generator, n_tokens: int, n_rows: int, topk: int) -> d
 
 
 def _topk_cases() -> Iterator[Case]:
-    for n_tokens, n_rows, topk, slow in (
-        (0, 8, 4, False),
-        (1, 0, 4, False),
-        (1, 8, 4, False),
-        (33, 9, 4, False),
-        (33, 3, 4, False),
-        (64, 4096, 512, True),
-        (64, 4096, 1024, True),
+    for n_tokens, n_rows, topk, models in (
+        (0, 8, 4, ()),
+        (1, 0, 4, ()),
+        (1, 8, 4, ()),
+        (33, 9, 4, ()),
+        (33, 3, 4, ()),
+        (64, 4096, 512, FLASH),
+        (64, 4096, 1024, PRO),
     ):
         make = partial(_topk_inputs, n_tokens=n_tokens, n_rows=n_rows, topk=topk)
-        yield Case(f"{n_tokens}x{n_rows}-top{topk}", make, slow=slow)
+        yield Case(f"{n_tokens}x{n_rows}-top{topk}", make, models=models)
 
 
 @op(cases=_topk_cases, tolerance={}, canonical=_sorted_ids)
@@ -178,7 +178,7 @@ def _select_cases() -> Iterator[Case]:
     for case in _score_cases():
         topk = 512 if case.slow else 8
         yield Case(
-            f"{case.id}-top{topk}", partial(_select_inputs, topk=topk, make=case.make), case.slow
+            f"{case.id}-top{topk}", partial(_select_inputs, topk=topk, make=case.make), case.models
         )
 
 

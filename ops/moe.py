@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
 
 
 class Group(Protocol):
@@ -53,7 +53,7 @@ def _cases(make: Any) -> Iterator[Case]:
         for n_tokens, dim, n_experts, topk in SHAPES:
             name = f"{str(dtype).removeprefix('torch.')}-{n_tokens}x{dim}-e{n_experts}"
             shape = {"n_tokens": n_tokens, "dim": dim, "n_experts": n_experts, "topk": topk}
-            yield Case(name, partial(make, **shape, dtype=dtype), slow=dim >= 4096)
+            yield Case(name, partial(make, **shape, dtype=dtype), models=OF_DIM.get(dim, ()))
 
 
 def _permute_inputs(

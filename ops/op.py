@@ -44,21 +44,39 @@ ROUNDED = {
 }
 
 
+# Models whose real widths a case has; a tiny case has those of none.
+FLASH, PRO = ("flash",), ("pro",)
+BOTH = FLASH + PRO
+OF_DIM = {4096: FLASH, 7168: PRO}  # hidden size
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One set of inputs, made on the CPU from a seeded generator."""
 
     id: str
     make: Callable[[torch.Generator], dict[str, Any]]
-    slow: bool = False
+    models: tuple[str, ...] = ()
+
+    @property
+    def slow(self) -> bool:
+        """Whether it has real widths."""
+        return bool(self.models)
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel(Generic[P, R]):
-    """One implementation of an op on one device type."""
+    """One implementation of an op for one backend.
+
+    Attributes:
+        provider: whose code computes: ``torch_npu``, ``_C_ascend``, ``triton``, ``torch``, ...
+        why_not: the call's arguments to the reason it is refused, or None. It looks at shapes,
+            dtypes and plain numbers, never at values: a look would wait for the device.
+    """
 
     name: str
-    device: str
+    backend: str
+    provider: str
     fn: Callable[P, R]
     why_not: Callable[P, str | None]
 
@@ -68,16 +86,19 @@ class Policy:
     """How calls choose their kernel; one value for the process.
 
     Attributes:
-        kernels: ``fast`` tries the device's kernels in order; ``reference`` runs the
+        backend: whose kernels are tried; None follows the device of the tensors.
+        kernels: ``fast`` tries the backend's kernels in order; ``reference`` runs the
             references in their order, whatever the device.
         fallback: what a call does that no kernel of an accelerator accepts.
     """
 
+    backend: str | None = None
     kernels: Literal["fast", "reference"] = "fast"
     fallback: Literal["error", "reference"] = "error"
 
 
 _policy = Policy()
+BACKEND_OF_DEVICE = {"npu": "ascend"}  # where a backend is not named as its device type
 
 
 class Op(Generic[P, R]):
@@ -99,14 +120,16 @@ class Op(Generic[P, R]):
         self.canonical = canonical
         self.mutates = mutates
         self.signature = inspect.signature(reference)
-        self.kernels: list[Kernel[P, R]] = []
+        self.kernels: dict[str, list[Kernel[P, R]]] = {}
+        self._tried: dict[str, tuple[Kernel[P, R], ...]] = {}
+        self._preparations: dict[str, Callable[..., None]] = {}
         if missing := set(mutates) - set(self.signature.parameters):
             raise KernelRegistrationError(f"{self.name} has no parameter {sorted(missing)}")
 
     def kernel(
-        self, device: str, why_not: Callable[P, str | None] | None = None
+        self, backend: str, *, provider: str, why_not: Callable[P, str | None] | None = None
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Register an implementation for `device`. Earlier kernels are tried first.
+        """Register an implementation for `backend`. Earlier kernels are tried first.
 
         Raises:
             KernelRegistrationError: other parameters than the op's, or a name taken.
@@ -121,15 +144,45 @@ class Op(Generic[P, R]):
                     f"{fn.__module__}.{name} implements {self.name}({', '.join(want)}) "
                     f"but takes ({', '.join(got)})"
                 )
-            if any(k.device == device and k.name == name for k in self.kernels):
-                raise KernelRegistrationError(f"{self.name} has two {device} kernels named {name}")
-            self.kernels.append(Kernel(name, device, fn, why_not or _accepts_all))
+            known = self.kernels.setdefault(backend, [])
+            if any(k.name == name for k in known):
+                raise KernelRegistrationError(f"{self.name} has two {backend} kernels named {name}")
+            known.append(Kernel(name, backend, provider, fn, why_not or _accepts_all))
+            self._tried[backend] = tuple(known)
             return fn
 
         return register
 
+    def preparation(self, backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Register what `backend` does once with this op's weights, when they are loaded."""
+
+        def register(fn: Callable[..., None]) -> Callable[..., None]:
+            self._preparations[backend] = fn
+            return fn
+
+        return register
+
+    def prepare(self, *weights: torch.Tensor) -> None:
+        """Let the backend make the layouts its kernels want of weights that will stay.
+
+        The weights themselves keep the layout of the op's contract.
+        """
+        if _policy.kernels == "reference":
+            return
+        prepare = self._preparations.get(_policy.backend or _backend_of(weights, {}))
+        if prepare is not None:
+            prepare(*weights)
+
+    def try_in_order(self, backend: str, kernels: Iterable[Kernel[P, R]]) -> None:
+        """Try these kernels of `backend` alone, in this order: what its present device has."""
+        self._tried[backend] = tuple(kernels)
+
+    def tried(self, backend: str) -> tuple[Kernel[P, R], ...]:
+        """Return the kernels that calls on `backend` try, in order."""
+        return self._tried.get(backend, ())
+
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        """Return the first kernel on the arguments' device that accepts them.
+        """Return the first of the backend's kernels that accepts the arguments.
 
         On the CPU the reference is always the last choice.
 
@@ -138,21 +191,17 @@ class Op(Generic[P, R]):
         """
         if _policy.kernels == "reference":
             return self.reference
-        device = _device_of(args, kwargs)
-        refusals = []
-        for kernel in self.kernels:
-            if kernel.device != device:
-                continue
-            why = kernel.why_not(*args, **kwargs)
-            if why is None:
+        backend = _policy.backend or _backend_of(args, kwargs)
+        for kernel in self._tried.get(backend, ()):
+            if kernel.why_not(*args, **kwargs) is None:
                 return kernel.fn
-            refusals.append(f"{kernel.name}: {why}")
-        if device == "cpu":
+        if backend == "cpu":
             return self.reference
+        refusals = [f"{k.name}: {k.why_not(*args, **kwargs)}" for k in self.tried(backend)]
         if _policy.fallback == "error":
             call = ", ".join(_show(n, v) for n, v in self._bind(*args, **kwargs).items())
-            raise UnsupportedOpError(self.name, device, call, refusals)
-        _log_fallback(self.name, device, "; ".join(refusals) or "no kernel")
+            raise UnsupportedOpError(self.name, backend, call, refusals)
+        _log_fallback(self.name, backend, "; ".join(refusals) or "no kernel")
         return self.reference
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -208,10 +257,15 @@ def _accepts_all(*_args: Any, **_kwargs: Any) -> str | None:
     return None
 
 
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    for value in (*args, *kwargs.values()):
+def _backend_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for value in args:
         if isinstance(value, torch.Tensor):
-            return value.device.type
+            device = value.device.type
+            return BACKEND_OF_DEVICE.get(device, device)
+    for value in kwargs.values():
+        if isinstance(value, torch.Tensor):
+            device = value.device.type
+            return BACKEND_OF_DEVICE.get(device, device)
     return "cpu"
 
 

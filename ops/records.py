@@ -25,7 +25,7 @@ import torch
 
 from v4_ascend.ops import formats
 from v4_ascend.ops.act_quant import act_quant, fp4_act_quant
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import BOTH, ROUNDED, Case, op
 
 KV_DIM, ROPE_DIM, INDEX_DIM = 512, 64, 128  # what packed records are made for
 KV_GROUP, INDEX_FP4_GROUP = 64, 32  # channels per scale
@@ -215,6 +215,9 @@ def _cases() -> Iterator[Case]:
         for n_rows in (0, 1, 33):
             make = partial(_inputs, record=record.name, n_rows=n_rows, row_dim=record.row_dim or 72)
             yield Case(f"{record.name}-{n_rows}", make)
+        for row_dim in (record.row_dim,) if record.row_dim else (KV_DIM, INDEX_DIM):
+            make = partial(_inputs, record=record.name, n_rows=130, row_dim=row_dim)
+            yield Case(f"{record.name}-130x{row_dim}", make, BOTH)
 
 
 @op(cases=_cases, tolerance=ROUNDED, mutates=("storage",))

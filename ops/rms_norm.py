@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
+from v4_ascend.ops.op import FLASH, OF_DIM, PRO, ROUNDED, Case, Tolerance, op
 
 BF16, FP32 = torch.bfloat16, torch.float32
-WIDTHS = (4096, 7168)  # hidden size: V4-Flash, V4-Pro
 
 
 def _rms_inputs(g: torch.Generator, n_tokens: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -24,10 +23,10 @@ def _rms_inputs(g: torch.Generator, n_tokens: int, dim: int, dtype: torch.dtype)
 
 def _rms_cases() -> Iterator[Case]:
     for dtype in (BF16, FP32):
-        for n_tokens, dim in ((0, 64), (1, 64), (3, 513), *((128, d) for d in WIDTHS)):
+        for n_tokens, dim in ((0, 64), (1, 64), (3, 513), *((128, d) for d in OF_DIM)):
             name = f"{str(dtype).removeprefix('torch.')}-{n_tokens}x{dim}"
             make = partial(_rms_inputs, n_tokens=n_tokens, dim=dim, dtype=dtype)
-            yield Case(name, make, slow=dim in WIDTHS)
+            yield Case(name, make, models=OF_DIM.get(dim, ()))
 
 
 @op(cases=_rms_cases, tolerance=ROUNDED)
@@ -67,7 +66,7 @@ def _head_cases() -> Iterator[Case]:
             make = partial(
                 _head_inputs, n_tokens=n_tokens, n_heads=n_heads, head_dim=head_dim, dtype=dtype
             )
-            yield Case(name, make, slow=n_heads >= 64)
+            yield Case(name, make, models={64: FLASH, 128: PRO}.get(n_heads, ()))
 
 
 @op(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import BOTH, FLASH, PRO, ROUNDED, Case, op
 
 
 def rope_freqs(
@@ -69,18 +69,18 @@ def _inputs(
 
 def _cases() -> Iterator[Case]:
     shapes = {
-        "empty": ((0, 2, 8), 2),
-        "one": ((1, 8), 4),
-        "odd": ((3, 5, 70), 3),
-        "flash-q": ((128, 64, 512), 32),
-        "pro-q": ((64, 128, 512), 32),
-        "index-q": ((64, 64, 128), 32),
-        "kv": ((128, 512), 32),
+        "empty": ((0, 2, 8), 2, ()),
+        "one": ((1, 8), 4, ()),
+        "odd": ((3, 5, 70), 3, ()),
+        "flash-q": ((128, 64, 512), 32, FLASH),
+        "pro-q": ((64, 128, 512), 32, PRO),
+        "index-q": ((64, 64, 128), 32, BOTH),
+        "kv": ((128, 512), 32, BOTH),
     }
     for dtype in (torch.bfloat16, torch.float32):
-        for name, (shape, pairs) in shapes.items():
+        for name, (shape, pairs, models) in shapes.items():
             make = partial(_inputs, shape=shape, pairs=pairs, dtype=dtype)
-            yield Case(f"{str(dtype).removeprefix('torch.')}-{name}", make, slow=shape[0] >= 64)
+            yield Case(f"{str(dtype).removeprefix('torch.')}-{name}", make, models)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

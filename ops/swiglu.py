@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import FLASH, PRO, ROUNDED, Case, op
 
 
 def _inputs(
@@ -35,7 +35,7 @@ def _cases() -> Iterator[Case]:
             make = partial(
                 _inputs, n_rows=n_rows, inter_dim=inter_dim, weighted=weighted, dtype=dtype
             )
-            yield Case(name, make, slow=n_rows == 64)
+            yield Case(name, make, models={2048: FLASH, 3072: PRO}.get(inter_dim, ()))
 
 
 @op(cases=_cases, tolerance=ROUNDED)

@@ -149,7 +149,7 @@ def test_wrong_input_is_one_clear_error(args, code, says, tmp_path):
         ("--chunk", 0, "--chunk: 0 must be at least 1"),
         ("--input-ids", "/nowhere", "/nowhere: cannot be read as safetensors"),
         ("--out", "/nowhere/x", "--out: no folder /nowhere"),
-        ("--backend", "tpu", "--backend: no backend 'tpu' yet"),
+        ("--backend", "tpu", "--backend: no backend 'tpu'; there is cpu"),
     ],
 )
 def test_parity_record_refuses_what_cannot_be(tiny, ids, tmp_path, option, value, says):

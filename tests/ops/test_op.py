@@ -1,3 +1,5 @@
+import timeit
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_fallback_is_asked_for():
 def test_a_kernel_with_other_parameters_is_refused_at_import():
     with pytest.raises(KernelRegistrationError, match=r"takes \(x, w, eps\)"):
 
-        @rms_norm.kernel("meta")
+        @rms_norm.kernel("meta", provider="test")
         def wrong(x, w, eps): ...
 
 
@@ -63,3 +65,77 @@ def test_a_bias_inside_the_elementwise_bound_fails_the_global_gate():
 def test_without_a_tolerance_bytes_must_be_equal():
     with pytest.raises(AssertionError, match="1 of 2"):
         assert_close(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0 + 1e-6]), {})
+
+
+def _small_x(x, weight, eps):
+    return None if x.shape[0] < 4 else f"{x.shape[0]} rows, at most 3"
+
+
+@pytest.fixture
+def two_kernels():
+    """Two kernels of a backend that does not exist: the first takes few rows alone."""
+
+    def first(x, weight, eps):
+        return "first"
+
+    def second(x, weight, eps):
+        return "second"
+
+    rms_norm.kernel("fake", provider="test", why_not=_small_x)(first)
+    rms_norm.kernel("fake", provider="test")(second)
+    yield rms_norm.kernels["fake"]
+    rms_norm.try_in_order("fake", ())
+    del rms_norm.kernels["fake"]
+
+
+def _x(rows):
+    return torch.ones(rows, 8), torch.ones(8), 1e-6
+
+
+def test_a_named_backend_goes_before_the_device(two_kernels):
+    with use_policy(backend="fake"):
+        assert rms_norm(*_x(3)) == "first"
+    assert isinstance(rms_norm(*_x(3)), torch.Tensor)
+
+
+def test_kernels_are_tried_in_order_until_one_accepts(two_kernels):
+    with use_policy(backend="fake"):
+        assert (rms_norm(*_x(3)), rms_norm(*_x(4))) == ("first", "second")
+        rms_norm.try_in_order("fake", two_kernels[::-1])
+        assert rms_norm(*_x(3)) == "second"
+
+
+def test_a_refused_call_names_every_kernel_and_its_reason(two_kernels):
+    rms_norm.try_in_order("fake", two_kernels[:1])
+    with (
+        use_policy(backend="fake"),
+        pytest.raises(UnsupportedOpError, match=r"(?s)on fake: x=float32\[4, 8\].*first: 4 rows"),
+    ):
+        rms_norm(*_x(4))
+
+
+def test_weights_are_prepared_for_the_backend_that_will_use_them():
+    seen = []
+    rms_norm.preparation("fake")(seen.append)
+    try:
+        w = torch.ones(8)
+        rms_norm.prepare(w)
+        with use_policy(backend="fake", kernels="reference"):
+            rms_norm.prepare(w)
+        assert seen == []
+        with use_policy(backend="fake"):
+            rms_norm.prepare(w)
+        assert seen == [w]
+    finally:
+        del rms_norm._preparations["fake"]
+
+
+def test_dispatch_costs_under_three_microseconds(two_kernels):
+    args = _x(3)
+    with use_policy(backend="fake"):
+        calls = 20_000
+        best = min(timeit.repeat(lambda: rms_norm(*args), number=calls, repeat=5)) / calls
+    with use_policy():
+        by_device = min(timeit.repeat(lambda: rms_norm.select(*args), number=calls, repeat=5))
+    assert best < 3e-6
+    assert by_device / calls < 3e-6

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from v4_ascend.errors import ConfigError, NotYetError
+from v4_ascend.errors import ConfigError
 
 parity = typer.Typer(no_args_is_help=True, help="Record what a model computes, to compare it.")
 
@@ -50,13 +50,12 @@ def record_command(
     backend: Annotated[str, typer.Option(help="where operators run")] = "cpu",
 ) -> None:
     """Run given tokens, teacher-forced, and write the logits of every position."""
-    from v4_ascend.backends import BACKENDS
+    from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.reader import Checkpoint
     from v4_ascend.cli.progress import reporter
     from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
 
-    if backend not in (names := [b.name for b in BACKENDS]):
-        raise NotYetError("--backend", f"no backend {backend!r} yet; there is {', '.join(names)}")
+    find_backend(backend).require()
     if not out.absolute().parent.is_dir():
         raise ConfigError("--out", f"no folder {out.absolute().parent}")
     source = Checkpoint(checkpoint)
