@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,24 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run real V4 widths and long drills too")
+    parser.addoption(
+        "--environment",
+        help="run the tests of one of v4_ascend.emulation.environment, and no others",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Tests of an environment need its packages: they run in it, and nothing else does."""
+    wanted = config.getoption("--environment")
+    root = Path(__file__).parent / "environments"
+    inside = collection_path.is_relative_to(root) and collection_path != root
+    if wanted is None:
+        return True if inside else None
+    ours = root / wanted.replace("-", "_")
+    if not ours.is_dir():
+        raise pytest.UsageError(f"--environment {wanted}: no folder {ours}")
+    on_the_way = ours.is_relative_to(collection_path)
+    return None if on_the_way or collection_path.is_relative_to(ours) else True
 
 
 def pytest_collection_modifyitems(config, items):

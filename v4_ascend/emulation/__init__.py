@@ -1,0 +1,1 @@
+"""Checks of accelerator code on machines without the accelerator."""
