@@ -32,8 +32,8 @@ class Backend:
         chips: names of the chips whose kernels differ.
         use_chip: from now on try the kernels of that chip, in its order; None for the chip
             that is here.
-        records: the cache formats (kv, index) its kernels read, for streams of this dtype
-            name; see `ops.records`.
+        records: the cache formats (kv, index) its kernels read, given the streams' dtype name
+            and whether quantisation is simulated; see `ops.records`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Backend:
     missing: Mapping[str, str] = field(default_factory=dict)
     chips: tuple[str, ...] = ()
     use_chip: Callable[[str | None], None] = _no_chips
-    records: Callable[[str], tuple[str, str]] = lambda dtype: (dtype, dtype)
+    records: Callable[[str, bool], tuple[str, str]] = lambda dtype, quant_sim: (dtype, dtype)
 
     def require(self) -> None:
         """Raise BackendUnavailableError, with the reason, unless usable."""

@@ -90,11 +90,13 @@ class Policy:
         kernels: ``fast`` tries the backend's kernels in order; ``reference`` runs the
             references in their order, whatever the device.
         fallback: what a call does that no kernel of an accelerator accepts.
+        observe: sees every call made through an op: the op, its arguments by name, its result.
     """
 
     backend: str | None = None
     kernels: Literal["fast", "reference"] = "fast"
     fallback: Literal["error", "reference"] = "error"
+    observe: Callable[[Op[..., Any], dict[str, Any], Any], None] | None = None
 
 
 _policy = Policy()
@@ -206,7 +208,10 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the op on the device its tensors live on."""
-        return self.select(*args, **kwargs)(*args, **kwargs)
+        result = self.select(*args, **kwargs)(*args, **kwargs)
+        if _policy.observe is not None:
+            _policy.observe(self, self._bind(*args, **kwargs), result)
+        return result
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """Make the case's CPU inputs: the same on every machine and in every run."""

@@ -187,7 +187,11 @@ def load_rows(
         request, row any common shape, integers
         return       [*shape, row_dim]  the storage's dtype; fp32 for packed records
     """
-    slots = _slots(storage, block_table, request, row)
+    return load_slots(storage, record, _slots(storage, block_table, request, row))
+
+
+def load_slots(storage: torch.Tensor, record: str, slots: torch.Tensor) -> torch.Tensor:
+    """Read rows by their flat slots, block * block_rows + offset; otherwise as `load_rows`."""
     fmt = RECORDS[record]
     if fmt.decode is None:
         return storage.view(-1, storage.shape[-1])[slots]

@@ -9,9 +9,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from v4_ascend.config.devices import device_profile
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError, NotYetError
+
+Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
+BACKEND_OF_KIND: dict[str, Backend] = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
 
 class _Frozen(BaseModel):
@@ -33,6 +37,9 @@ class Plan(_Frozen):
     schema_version: Literal[1] = 1
     name: str
     device: str
+    backend: Backend
+    chip: str | None
+    emulated: bool
     checkpoint: str
     model_name: str
     parallel: ParallelConfig
@@ -103,13 +110,18 @@ def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
             f"serve.max_model_len ({serve.max_model_len}) exceeds what the model is made for "
             f"({config.max_seq_len})",
         )
+    profile = device_profile(t.cluster.device, t.where("cluster.device"))
+    of_device = BACKEND_OF_KIND[profile.kind]
     hosts = t.cluster.supernodes[0].hosts or ("localhost",)
     rank = Rank(
         rank=0, host=hosts[0], layers=(0, config.n_layers), experts=(0, config.n_routed_experts)
     )
     return Plan(
         name=t.name,
-        device=t.cluster.device if isinstance(t.cluster.device, str) else t.cluster.device.name,
+        device=profile.name,
+        backend=of_device if t.runtime.backend == "auto" else t.runtime.backend,
+        chip=profile.soc,
+        emulated=profile.emulated,
         checkpoint=t.model.checkpoint,
         model_name=t.model.name,
         parallel=ParallelConfig(),

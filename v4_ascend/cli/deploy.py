@@ -55,8 +55,10 @@ def deploy_command(
     if detach:
         _detach(topology, overrides, plan.name, timeout)
         return
+    from v4_ascend.backends import find_backend
     from v4_ascend.deploy.local import LocalDeployment
 
+    find_backend(plan.backend, "runtime.backend").require()
     LocalDeployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
 
 

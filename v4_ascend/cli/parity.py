@@ -1,14 +1,15 @@
-"""`parity record`; comparing records comes with the other backends."""
+"""`parity record`, `compare` and `bisect`."""
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from v4_ascend.errors import ConfigError
+from v4_ascend.errors import ConfigError, ParityError
 
 parity = typer.Typer(no_args_is_help=True, help="Record what a model computes, to compare it.")
 
@@ -26,6 +27,20 @@ class QuantSim(StrEnum):
     auto = "auto"
     on = "on"
     off = "off"
+
+
+class Kernels(StrEnum):
+    """Whose code computes."""
+
+    reference = "reference"
+    fast = "fast"
+
+
+class Fallback(StrEnum):
+    """What a call does that no kernel accepts."""
+
+    error = "error"
+    reference = "reference"
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +62,11 @@ def record_command(
     chunk: Annotated[int | None, typer.Option(help="most tokens of a prefill step")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="default: the checkpoint's")] = None,
     quant_sim: Annotated[QuantSim, typer.Option(help="auto: on iff quantised")] = QuantSim.auto,
-    backend: Annotated[str, typer.Option(help="where operators run")] = "cpu",
+    backend: Annotated[str, typer.Option(help="whose kernels run; see v4-ascend ops")] = "cpu",
+    soc: Annotated[str | None, typer.Option(help="default: the chip that is here")] = None,
+    kernels: Annotated[Kernels | None, typer.Option(help="cpu: reference, else fast")] = None,
+    fallback: Annotated[Fallback, typer.Option(help="what a refused call does")] = Fallback.error,
+    trace: Annotated[bool, typer.Option("--trace", help="keep all outputs too")] = False,
 ) -> None:
     """Run given tokens, teacher-forced, and write the logits of every position."""
     from v4_ascend.backends import find_backend
@@ -65,12 +84,70 @@ def record_command(
         chunk=chunk,
         dtype=None if dtype is None else dtype.value,
         quant_sim=quant_sim.value,
+        backend=backend,
+        chip=soc,
+        kernels=None if kernels is None else kernels.value,
+        fallback=fallback.value,
+        trace=trace,
     )
     with reporter("recording sequences") as progress:
         tensors, metadata = record(source, ids, how, progress)
     write_record(out, tensors, metadata)
     n, s, vocab = tensors["logits"].shape
+    ran = f"{metadata['kernels']} kernels, {metadata['proof']}"
     typer.echo(
         f"{out}: logits [{n}, {s}, {vocab}], {metadata['dtype']}, "
-        f"quantisation simulation {metadata['quant_sim']}, {metadata['backend']} references"
+        f"quantisation simulation {metadata['quant_sim']}, {backend} backend ({ran})"
     )
+
+
+@parity.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(help="the record that is right")],
+    b: Annotated[Path, typer.Argument(help="the record to judge")],
+    median: Annotated[float | None, typer.Option(help="most median relative error")] = None,
+    worst: Annotated[float | None, typer.Option(help="most relative error of a position")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Say how far two records are apart; exit 5 if further than two honest runs can be."""
+    from dataclasses import replace
+
+    from v4_ascend.cli.comparison import print_comparison
+    from v4_ascend.runtime.compare import compare, open_pair
+
+    one, two, bounds = open_pair(a, b)
+    given = {k: v for k, v in {"median": median, "worst": worst}.items() if v is not None}
+    found = compare(one, two, replace(bounds, **given))
+    if as_json:
+        _echo_json(found.facts(), found.problems)
+    else:
+        print_comparison(a, b, found)
+    raise typer.Exit(ParityError.exit_code if found.problems else 0)
+
+
+@parity.command("bisect")
+def bisect_command(
+    a: Annotated[Path, typer.Argument(help="the traced record that is right")],
+    b: Annotated[Path, typer.Argument(help="the traced record to judge")],
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Name the first layer and operator in which two traced runs part; exit 5 if one is found."""
+    from v4_ascend.cli.comparison import divergence_lines
+    from v4_ascend.runtime.bisect import bisect
+    from v4_ascend.runtime.compare import open_pair
+
+    one, two, bounds = open_pair(a, b)
+    found = bisect(one, two, bounds)
+    if as_json:
+        problems = [] if found is None else divergence_lines(found)
+        _echo_json(None if found is None else found.facts(), problems)
+    elif found is None:
+        typer.echo(f"no operator of {b} is out of bounds")
+    else:
+        typer.echo("\n".join(divergence_lines(found)))
+    raise typer.Exit(0 if found is None else ParityError.exit_code)
+
+
+def _echo_json(data: dict[str, Any] | None, problems: list[str]) -> None:
+    status = "error" if problems else "ok"
+    typer.echo(json.dumps({"version": 1, "status": status, "data": data, "diagnostics": problems}))

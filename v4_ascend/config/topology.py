@@ -215,12 +215,11 @@ def require_supported(topology: Topology) -> None:
     device = device_profile(t.cluster.device, t.where("cluster.device"))
     for key, is_asked, today in (
         ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
-        ("cluster.device", device.kind != "cpu", "'cpu'"),
+        ("cluster.device", device.emulated, "a device that is here"),
         ("cluster.supernodes", t.cluster.n_devices != 1, "one device"),
         ("layout", t.layout != "auto" and t.layout.world_size != 1, "one rank"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
         ("serve.n_draft_tokens", t.serve.n_draft_tokens > 0, "no speculation"),
-        ("runtime.backend", t.runtime.backend not in ("auto", "cpu"), "'cpu'"),
         ("engine", t.engine != "native", "'native'"),
         ("launcher", t.launcher != "local", "'local'"),
         ("emulate", t.emulate, "real devices"),

@@ -79,7 +79,7 @@ def _build(name: str, folder: Path, below: str) -> None:
     venv.create(folder, with_pip=True)
     here = next((folder / "lib").glob("python*")) / "site-packages"
     (here / "below.pth").write_text(f"{below}\n", encoding="utf-8")
-    install = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps"]
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--no-deps"]
     # pip sees the packages below too, and would take one there for the pinned one.
     install += ["--ignore-installed", *PINS[name]]
     # torch_npu is no part of the environment yet, and needs its libraries once it is.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,21 @@ class Batch:
     rope: tuple[torch.Tensor, torch.Tensor]
     compress_rope: tuple[torch.Tensor, torch.Tensor]
     compressed: Mapping[int, CompressedRows]
+
+
+def to_device(value: T, device: torch.device | str) -> T:
+    """Copy a step's tensors, however nested, to the device that runs it."""
+    moved: Any = value
+    if isinstance(value, torch.Tensor):
+        moved = value.to(device)
+    elif isinstance(value, tuple):
+        moved = tuple(to_device(v, device) for v in value)
+    elif isinstance(value, Mapping):
+        moved = {k: to_device(v, device) for k, v in value.items()}
+    elif isinstance(value, (Batch, CompressedRows)):
+        parts = {f.name: to_device(getattr(value, f.name), device) for f in fields(value)}
+        moved = replace(value, **parts)
+    return moved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from v4_ascend.backends import find_backend
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
@@ -17,7 +18,7 @@ from v4_ascend.ops import sample
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model, resolve_checkpoint
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
-from v4_ascend.runtime.parity import sequence_logits
+from v4_ascend.runtime.parity import cache_records, sequence_logits
 from v4_ascend.supernode.plan import Plan
 
 CANARY_TOKENS = 140  # crosses the window and both compress ratios
@@ -38,20 +39,27 @@ class Engine:
     """Owns the model and its caches; one step at a time."""
 
     def __init__(
-        self, model: Transformer, *, max_batch_size: int, max_model_len: int, max_chunk: int
+        self,
+        model: Transformer,
+        *,
+        max_batch_size: int,
+        max_model_len: int,
+        max_chunk: int,
+        records: tuple[str, str],
+        device: str = "cpu",
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.max_chunk = max_chunk
-        plain = "fp32" if model.numerics.dtype == torch.float32 else "bf16"
         self.cache = KVCache(
             model.config,
             n_slots=max_batch_size,
             max_model_len=max_model_len,
             max_chunk=max_chunk,
-            kv_record=plain,
-            index_record=plain,
+            kv_record=records[0],
+            index_record=records[1],
+            device=device,
         )
 
     @classmethod
@@ -59,16 +67,24 @@ class Engine:
         """Load the plan's checkpoint; `progress` sees bytes read and in all.
 
         Raises:
-            CheckpointError: it is not the checkpoint its config describes.
+            BackendUnavailableError: the plan's backend cannot run here.
+        CheckpointError: it is not the checkpoint its config describes.
         """
+        backend = find_backend(plan.backend, "plan.backend")
+        backend.require()
+        backend.use_chip(plan.chip)
         checkpoint = Checkpoint(resolve_checkpoint(plan.checkpoint))
         numerics = Numerics.of(checkpoint.config, plan.dtype, plan.quant_sim)
-        model = load_model(checkpoint, numerics, with_mtp=False, progress=progress)
+        model = load_model(
+            checkpoint, numerics, with_mtp=False, progress=progress, device=backend.device()
+        )
         return cls(
             model,
             max_batch_size=plan.max_batch_size,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
+            records=cache_records(backend, numerics, plan.kernels),
+            device=backend.device(),
         )
 
     @property
@@ -121,12 +137,13 @@ class Engine:
 
 def _sampled(sequences: list[SequenceStep], logits: torch.Tensor) -> list[Sampled]:
     settings = [s.sampling for s in sequences if s.sampling is not None]
+    device = logits.device
     ids = sample(
         logits,
-        torch.tensor([s.temperature for s in settings]),
-        torch.tensor([s.top_p for s in settings]),
-        torch.tensor([s.seed for s in settings], dtype=torch.int64),
-        torch.tensor([s.start + len(s.token_ids) for s in sequences]),
+        torch.tensor([s.temperature for s in settings], device=device),
+        torch.tensor([s.top_p for s in settings], device=device),
+        torch.tensor([s.seed for s in settings], dtype=torch.int64, device=device),
+        torch.tensor([s.start + len(s.token_ids) for s in sequences], device=device),
     ).tolist()
     out = []
     for sequence, setting, row, token in zip(sequences, settings, logits, ids, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.model.batch import Batch, CompressedRows, LayerCache
+from v4_ascend.model.batch import Batch, CompressedRows, LayerCache, to_device
 from v4_ascend.ops.compress_kv import row_positions, state_rows
 from v4_ascend.ops.ragged import locate, max_new_rows
 from v4_ascend.ops.records import RECORDS
@@ -47,8 +47,9 @@ class KVCache:
         max_chunk: int,
         kv_record: str,
         index_record: str,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.config, self.device = config, torch.device(device)
         self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
         self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
@@ -60,7 +61,8 @@ class KVCache:
     def _layer(self, ratio: int, kv_record: str, index_record: str) -> LayerCache:
         c = self.config
         kv, index = RECORDS[kv_record], RECORDS[index_record]
-        window = kv.new_storage(self.n_slots * self.ring_blocks, BLOCK_TOKENS, c.head_dim)
+        n_ring = self.n_slots * self.ring_blocks
+        window = kv.new_storage(n_ring, BLOCK_TOKENS, c.head_dim, self.device)
         if not ratio:
             return LayerCache(kv_record=kv_record, index_record=index_record, window=window)
         n_blocks, rows = self.n_slots * self.n_blocks, BLOCK_TOKENS // ratio
@@ -69,16 +71,18 @@ class KVCache:
             kv_record=kv_record,
             index_record=index_record,
             window=window,
-            compressed=kv.new_storage(n_blocks, rows, c.head_dim),
+            compressed=kv.new_storage(n_blocks, rows, c.head_dim, self.device),
             state=self._state(ratio, c.head_dim),
-            index=index.new_storage(n_blocks, rows, c.index_head_dim) if has_index else None,
+            index=index.new_storage(n_blocks, rows, c.index_head_dim, self.device)
+            if has_index
+            else None,
             index_state=self._state(ratio, c.index_head_dim) if has_index else None,
         )
 
     def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
         overlaps = ratio == 4
         width = 2 * head_dim * (2 if overlaps else 1)
-        return torch.zeros(self.n_slots, state_rows(ratio, overlaps), width)
+        return torch.zeros(self.n_slots, state_rows(ratio, overlaps), width, device=self.device)
 
     @cached_property
     def _freqs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +101,7 @@ class KVCache:
         return ring, slots * self.n_blocks + block
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
-        """Lay out one step.
+        """Lay out one step: computed on the host, then copied to the device.
 
         Raises:
             ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
@@ -117,7 +121,7 @@ class KVCache:
         ring, table = (t[slots] for t in self._tables)
         swa, compress = self._freqs
         block = ring[request, position // BLOCK_TOKENS].long()
-        return Batch(
+        batch = Batch(
             input_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
@@ -131,6 +135,7 @@ class KVCache:
                 for ratio in sorted(set(self.config.compress_ratios) - {0})
             },
         )
+        return batch if self.device.type == "cpu" else to_device(batch, self.device)
 
     def _rows(
         self,

@@ -16,9 +16,14 @@ Progress = Callable[[int, int], None]
 
 
 def load_model(
-    checkpoint: Checkpoint, numerics: Numerics, *, with_mtp: bool, progress: Progress
+    checkpoint: Checkpoint,
+    numerics: Numerics,
+    *,
+    with_mtp: bool,
+    progress: Progress,
+    device: torch.device | str = "cpu",
 ) -> Transformer:
-    """Read the model; `progress` sees bytes read and bytes in all.
+    """Read the model to a device; `progress` sees bytes read and bytes in all.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
@@ -34,7 +39,7 @@ def load_model(
         tensor = checkpoint.tensor(name)
         done += tensor.nbytes
         progress(done, total)
-        return tensor
+        return tensor.to(device)
 
     return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp)
 

@@ -6,14 +6,17 @@ import hashlib
 import json
 import os
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from v4_ascend import __version__
+from v4_ascend.backends import Backend, find_backend
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.errors import ConfigError
 from v4_ascend.model.numerics import Dtype, Numerics, QuantSim
@@ -21,6 +24,7 @@ from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import Progress, load_model
+from v4_ascend.runtime.trace import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +36,20 @@ class Recording:
             a time, teacher-forced.
         chunk: most tokens of a prefill step; None for the whole prompt at once.
         dtype: None follows the checkpoint.
+        backend: whose kernels run, where its tensors live; `chip` is one of the backend's.
+        kernels: None takes the references on the CPU backend, and kernels elsewhere.
+        trace: also keep every layer's streams and every operator's outputs, see `trace`.
     """
 
     prefill: int
     chunk: int | None = None
     dtype: Dtype | None = None
     quant_sim: QuantSim = "auto"
+    backend: str = "cpu"
+    chip: str | None = None
+    kernels: Literal["fast", "reference"] | None = None
+    fallback: Literal["error", "reference"] = "error"
+    trace: bool = False
 
 
 def read_input_ids(file: Path, vocab_size: int) -> torch.Tensor:
@@ -64,15 +76,32 @@ def read_input_ids(file: Path, vocab_size: int) -> torch.Tensor:
     return ids
 
 
+def cache_records(
+    backend: Backend, numerics: Numerics, kernels: Literal["fast", "reference"]
+) -> tuple[str, str]:
+    """Return the record formats of kv and index caches; the references keep plain rows."""
+    plain = "fp32" if numerics.dtype == torch.float32 else "bf16"
+    if kernels == "reference":
+        return plain, plain
+    return backend.records(plain, numerics.quant_sim)
+
+
 def sequence_logits(
-    model: Transformer, cache: KVCache, token_ids: list[int], *, prefill: int, chunk: int
+    model: Transformer,
+    cache: KVCache,
+    token_ids: list[int],
+    *,
+    prefill: int,
+    chunk: int,
+    trace: Trace | None = None,
 ) -> torch.Tensor:
     """Return fp32 logits [s, vocab_size] of every position of one sequence, in slot 0."""
     logits, start = [], 0
     while start < len(token_ids):
         size = min(chunk, prefill - start) if start < prefill else 1
         batch = cache.batch([Chunk(0, token_ids[start : start + size], start)])
-        logits.append(model.head(model(batch, cache.layers)))
+        with trace.step(start) if trace else nullcontext() as observe:
+            logits.append(model.head(model(batch, cache.layers, observe)).cpu())
         start += size
     return torch.cat(logits)
 
@@ -82,9 +111,10 @@ def record(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Run every sequence and return ``logits`` fp32 [n, s, vocab_size], and metadata.
 
-    The references run, in their order, so that a record depends on nothing but its inputs.
+    With a trace, also what `Trace` kept of the first sequence.
 
     Raises:
+        BackendUnavailableError: the backend's device or library is not here.
         ConfigError: prefill or chunk is out of range.
         CheckpointError: the checkpoint is not complete.
     """
@@ -94,36 +124,62 @@ def record(
     chunk = how.prefill if how.chunk is None else how.chunk
     if chunk < 1:
         raise ConfigError("--chunk", f"{chunk} must be at least 1")
+    backend = find_backend(how.backend)
+    backend.require()
+    backend.use_chip(how.chip)
+    kernels = how.kernels or ("reference" if backend.name == "cpu" else "fast")
     numerics = Numerics.of(checkpoint.config, how.dtype, how.quant_sim)
-    model = load_model(checkpoint, numerics, with_mtp=False, progress=lambda done, total: None)
     plain = "fp32" if numerics.dtype == torch.float32 else "bf16"
+    records = cache_records(backend, numerics, kernels)
+    policy = use_policy(backend=backend.name, kernels=kernels, fallback=how.fallback)
     logits = torch.empty(n, length, checkpoint.config.vocab_size)
-    with torch.inference_mode(), use_policy(kernels="reference"):
+    trace = Trace() if how.trace else None
+    with torch.inference_mode(), policy:
+        model = load_model(
+            checkpoint,
+            numerics,
+            with_mtp=False,
+            progress=lambda done, total: None,
+            device=backend.device(),
+        )
         for i, sequence in enumerate(input_ids.tolist()):
             cache = KVCache(
                 checkpoint.config,
                 n_slots=1,
                 max_model_len=length,
                 max_chunk=min(chunk, how.prefill),
-                kv_record=plain,
-                index_record=plain,
+                kv_record=records[0],
+                index_record=records[1],
+                device=backend.device(),
             )
-            logits[i] = sequence_logits(model, cache, sequence, prefill=how.prefill, chunk=chunk)
+            logits[i] = sequence_logits(
+                model,
+                cache,
+                sequence,
+                prefill=how.prefill,
+                chunk=chunk,
+                trace=trace if i == 0 else None,
+            )
             progress(i + 1, n)
     metadata = {
         "v4_ascend": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backend": "cpu",
+        "backend": backend.name,
+        "proof": backend.proof() if kernels == "fast" else "executed",
+        "chip": how.chip or "",
         "device": platform.processor() or platform.machine(),
-        "kernels": "reference",
+        "kernels": kernels,
+        "fallback": how.fallback,
+        "records": ", ".join(records),
         "dtype": plain,
         "quant_sim": "on" if numerics.quant_sim else "off",
         "mode": json.dumps({"prefill": how.prefill, "chunk": how.chunk}),
         "checkpoint_digest": checkpoint.digest,
         "input_ids_digest": hashlib.sha256(input_ids.contiguous().numpy().tobytes()).hexdigest(),
     }
-    return {"logits": logits}, metadata
+    tensors = {"logits": logits} | (trace.tensors if trace else {})
+    return tensors, metadata
 
 
 def write_record(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

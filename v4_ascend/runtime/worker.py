@@ -24,7 +24,7 @@ def main() -> None:
     link.send(Hello(address.secret, os.getpid()))
     try:
         plan = Plan.read(state / "plan.json")
-        with use_policy(kernels=plan.kernels, fallback=plan.fallback):
+        with use_policy(backend=plan.backend, kernels=plan.kernels, fallback=plan.fallback):
             _serve(link, plan)
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
         link.send(Failed(f"{type(e).__name__}: {e}"))
