@@ -10,27 +10,30 @@ import torch
 from v4_ascend.ops.op import EXACT, Tolerance
 
 
-def assert_close(got: Any, want: Any, tolerance: Mapping[torch.dtype, Tolerance]) -> None:
-    """Raise AssertionError, with the worst element, unless `got` is within tolerance of `want`."""
-    if isinstance(want, tuple):
-        if not isinstance(got, tuple) or len(got) != len(want):
-            count = len(got) if isinstance(got, tuple) else 1
-            raise AssertionError(f"want {len(want)} outputs, got {count}")
-        for i, (g, w) in enumerate(zip(got, want, strict=True)):
-            _assert_close(f"output {i}", g, w, tolerance)
-    else:
-        _assert_close("output", got, want, tolerance)
+def assert_close(got: Any, want: Any, tolerance: Mapping[torch.dtype, Tolerance]) -> float:
+    """Raise AssertionError, with the worst element, unless `got` is within tolerance of `want`.
+
+    Returns:
+        the largest part of the tolerance that an element used: 0 equal, 1 at the bound.
+    """
+    if not isinstance(want, tuple):
+        return _assert_close("output", got, want, tolerance)
+    if not isinstance(got, tuple) or len(got) != len(want):
+        count = len(got) if isinstance(got, tuple) else 1
+        raise AssertionError(f"want {len(want)} outputs, got {count}")
+    pairs = enumerate(zip(got, want, strict=True))
+    return max(_assert_close(f"output {i}", g, w, tolerance) for i, (g, w) in pairs)
 
 
 def _assert_close(
     what: str, got: torch.Tensor, want: torch.Tensor, tolerance: Mapping[torch.dtype, Tolerance]
-) -> None:
+) -> float:
     if got.dtype != want.dtype:
         raise AssertionError(f"{what}: want {want.dtype}, got {got.dtype}")
     if got.shape != want.shape:
         raise AssertionError(f"{what}: want {list(want.shape)}, got {list(got.shape)}")
     if want.numel() == 0:
-        return
+        return 0.0
     is_rounded = want.dtype in tolerance
     bound = tolerance[want.dtype] if is_rounded else EXACT
     if want.dtype.itemsize == 1:  # e8m0 and e4m3 have no arithmetic; their bytes are the contract
@@ -41,11 +44,12 @@ def _assert_close(
     same = (g == w) | (g.isnan() & w.isnan())
     if not bool(same[odd].all() & torch.isfinite(g[~odd]).all()):
         raise AssertionError(f"{what}: inf/nan in other places")
-    _assert_within(what, g.masked_fill(odd, 0.0), w.masked_fill(odd, 0.0), bound)
+    return _assert_within(what, g.masked_fill(odd, 0.0), w.masked_fill(odd, 0.0), bound)
 
 
-def _assert_within(what: str, got: torch.Tensor, want: torch.Tensor, bound: Tolerance) -> None:
-    excess = (got - want).abs() - (bound.atol + bound.rtol * want.abs())
+def _assert_within(what: str, got: torch.Tensor, want: torch.Tensor, bound: Tolerance) -> float:
+    error, allowed = (got - want).abs(), bound.atol + bound.rtol * want.abs()
+    excess = error - allowed
     if bool((excess > 0).any()):
         at = int(excess.argmax())
         index = [int(i) for i in torch.unravel_index(torch.tensor(at), want.shape)]
@@ -58,3 +62,4 @@ def _assert_within(what: str, got: torch.Tensor, want: torch.Tensor, bound: Tole
     diff = 1.0 - 2.0 * float((want * got).sum()) / total if total else 0.0
     if diff > bound.diff + 1e-15:  # the sums themselves are rounded
         raise AssertionError(f"{what}: global diff {diff:.3g} > {bound.diff:g}")
+    return float((error / allowed).nan_to_num(nan=0.0).max())

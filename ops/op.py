@@ -156,9 +156,15 @@ class Op(Generic[P, R]):
         return register
 
     def preparation(self, backend: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        """Register what `backend` does once with this op's weights, when they are loaded."""
+        """Register what `backend` does once with this op's weights, when they are loaded.
+
+        Raises:
+            KernelRegistrationError: it takes something that is no parameter of the op.
+        """
 
         def register(fn: Callable[..., None]) -> Callable[..., None]:
+            if other := set(inspect.signature(fn).parameters) - set(self.signature.parameters):
+                raise KernelRegistrationError(f"{self.name} has no parameter {sorted(other)}")
             self._preparations[backend] = fn
             return fn
 
@@ -174,6 +180,12 @@ class Op(Generic[P, R]):
         prepare = self._preparations.get(_policy.backend or _backend_of(weights, {}))
         if prepare is not None:
             prepare(*weights)
+
+    def prepare_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Prepare the weights among a call's arguments, by the names they have there."""
+        prepare = self._preparations.get(_policy.backend or _backend_of((), dict(inputs)))
+        if prepare is not None and _policy.kernels != "reference":
+            prepare(*(inputs[name] for name in inspect.signature(prepare).parameters))
 
     def try_in_order(self, backend: str, kernels: Iterable[Kernel[P, R]]) -> None:
         """Try these kernels of `backend` alone, in this order: what its present device has."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import checkpoint, deploy, parity
+from v4_ascend.cli import checkpoint, deploy, operators, parity
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 checkpoint.register(app)
 deploy.register(app)
+operators.register(app)
 parity.register(app)
 
 

@@ -1,0 +1,97 @@
+import json
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from v4_ascend.cli.app import app
+from v4_ascend.errors import ConfigError, ParityError
+from v4_ascend.ops import OPS
+
+
+def _run(*args):
+    return CliRunner().invoke(app, list(map(str, args)))
+
+
+@pytest.fixture
+def wrong_swiglu():
+    """A CPU kernel that forgets the clamp, and refuses to run without weights."""
+    op = OPS["swiglu"]
+
+    def unclamped(x, limit, weight):
+        return op.reference(x, 1e9, weight)
+
+    def why_not(x, limit, weight):
+        return None if weight is not None else "needs weights"
+
+    op.kernel("cpu", provider="test", why_not=why_not)(unclamped)
+    yield
+    op.try_in_order("cpu", ())
+    del op.kernels["cpu"]
+
+
+def test_ops_lists_every_operator():
+    data = json.loads(_run("ops", "--json").stdout)["data"]
+    assert {row["backend"] for row in data} >= {"cpu"}
+    for row in data:
+        assert {c["op"] for c in row["ops"]} == set(OPS)
+        for c in row["ops"]:
+            assert c["missing"] or c["choices"], c["op"]
+
+
+def test_ops_says_what_is_wrong_with_a_question():
+    assert isinstance(_run("ops", "--soc", "950dt").exception, ConfigError)
+    assert isinstance(_run("ops", "--backend", "tpu").exception, ConfigError)
+    assert isinstance(_run("ops", "--backend", "cpu", "--soc", "950dt").exception, ConfigError)
+
+
+def test_verify_passes_on_the_cpu_and_writes_reports(tmp_path):
+    done = _run("verify", "--backend", "cpu", "--op", "rope", "--report", tmp_path / "r")
+    assert done.exit_code == 0
+    assert "6 passed, 0 failed, 0 refused" in done.stdout
+    report = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert report["counts"] == {"passed": 6}
+    assert {r["proof"] for r in report["results"]} == {"executed"}
+    suite = ElementTree.parse(tmp_path / "r" / "junit.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures")) == ("6", "0")
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "<script src" not in page
+    assert "http" not in page
+    assert sorted(f.name for f in (tmp_path / "r").iterdir()) == [
+        "index.html",
+        "junit.xml",
+        "report.json",
+    ]
+
+
+def test_verify_fails_a_wrong_kernel(tmp_path, wrong_swiglu):
+    args = ("verify", "--backend", "cpu", "--op", "swiglu", "--report", tmp_path)
+    done = _run(*args)
+    assert done.exit_code == 5
+    assert "elements differ" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    failed = {(r["kernel"], r["outcome"]) for r in report["results"]}
+    assert failed >= {("unclamped", "failed"), ("unclamped", "refused"), ("reference", "passed")}
+    assert "needs weights" in (tmp_path / "index.html").read_text()
+    assert ElementTree.parse(tmp_path / "junit.xml").getroot().find(".//failure") is not None
+    assert json.loads(_run(*args, "--json").stdout)["status"] == "error"
+
+
+def test_verify_refuses_what_selects_nothing(tmp_path):
+    for args, says in (
+        (("--op", "ropes"), "no operator 'ropes'"),
+        (("--op", "rope", "--case", "nope"), "no tiny case of rope has 'nope' in its name"),
+        (("--backend", "tpu"), "no backend 'tpu'"),
+    ):
+        done = _run("verify", *args)
+        assert isinstance(done.exception, ConfigError)
+        assert says in str(done.exception)
+    (tmp_path / "file").touch()
+    done = _run("verify", "--backend", "cpu", "--report", tmp_path / "file")
+    assert isinstance(done.exception, ConfigError)
+
+
+def test_verify_that_only_saw_refusals_verified_nothing(wrong_swiglu, monkeypatch):
+    monkeypatch.setattr("v4_ascend.runtime.verify._kernels", lambda op, backend: op.tried("cpu"))
+    done = _run("verify", "--backend", "cpu", "--op", "swiglu", "--case", "bfloat16-1x8")
+    assert isinstance(done.exception, ParityError)
