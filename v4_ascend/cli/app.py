@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import checkpoint, deploy, operators, parity
+from v4_ascend.cli import bench, checkpoint, deploy, operators, parity
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bench.register(app)
 checkpoint.register(app)
 deploy.register(app)
 operators.register(app)

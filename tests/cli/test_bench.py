@@ -1,0 +1,38 @@
+import json
+
+from typer.testing import CliRunner
+
+from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
+from v4_ascend.cli.app import app
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
+from v4_ascend.errors import ConfigError
+
+
+def _run(*args):
+    return CliRunner().invoke(app, ["bench", *map(str, args)])
+
+
+def test_both_sides_are_timed_on_the_same_checkpoint(tmp_path):
+    write_synthetic(in_format(ModelConfig.read(preset_path("tiny")), "fp32"), tmp_path / "c", seed=0)
+    where = ("--checkpoint", tmp_path / "c", "--prompt", 16, "--rounds", 1)
+    done = _run("decode", *where, "--tokens", 2, "--against", "transformers")
+    assert done.exit_code == 0, done.exception
+    for part in ("| decode, ", "| v4-ascend, cpu | ", "| transformers | ", "| ratio | "):
+        assert part in done.stdout
+    done = _run("prefill", *where, "--json")
+    rates = json.loads(done.stdout)["data"]["tokens_per_s"]
+    assert list(rates) == ["v4-ascend, cpu"]
+    assert rates["v4-ascend, cpu"] > 0
+
+
+def test_what_cannot_be_timed_is_refused(tmp_path):
+    write_synthetic(ModelConfig.read(preset_path("tiny")), tmp_path / "c", seed=0)
+    for args, says in (
+        (("--against", "transformers"), "--format fp32 or bf16 only"),
+        (("--backend", "tpu"), "no backend 'tpu'"),
+        (("--prompt", 1 << 21), "is longer than 1048576 tokens"),
+    ):
+        done = _run("prefill", "--checkpoint", tmp_path / "c", *args)
+        assert isinstance(done.exception, ConfigError)
+        assert says in str(done.exception)

@@ -1,0 +1,104 @@
+"""`bench`: how fast, measured here and now."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+
+
+class Against(StrEnum):
+    """Another implementation, run in the same process."""
+
+    transformers = "transformers"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command group to the app."""
+    app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def group() -> None:
+    """Measure speed on this machine."""
+
+
+CheckpointOption = Annotated[Path, typer.Option(help="checkpoint folder")]
+Prompt = Annotated[int, typer.Option(min=1, help="tokens prefilled in one step")]
+Rounds = Annotated[int, typer.Option(min=1, help="the best one counts")]
+BackendOption = Annotated[str, typer.Option(help="whose kernels run")]
+AgainstOption = Annotated[Against | None, typer.Option(help="run it too, in turns")]
+Json = Annotated[bool, typer.Option("--json", help="for scripts")]
+
+
+@bench.command("prefill")
+def prefill_command(
+    checkpoint: CheckpointOption,
+    prompt: Prompt = 512,
+    rounds: Rounds = 5,
+    backend: BackendOption = "cpu",
+    against: AgainstOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time one prompt in one step, tokens per second."""
+    _run("prefill", checkpoint, prompt, 1, rounds, backend, against, as_json)
+
+
+@bench.command("decode")
+def decode_command(
+    checkpoint: CheckpointOption,
+    prompt: Prompt = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="decoded behind it, one at a time")] = 64,
+    rounds: Rounds = 5,
+    backend: BackendOption = "cpu",
+    against: AgainstOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time one sequence that grows token by token, tokens per second."""
+    _run("decode", checkpoint, prompt, tokens, rounds, backend, against, as_json)
+
+
+def _run(
+    what: str,
+    checkpoint: Path,
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    backend: str,
+    against: Against | None,
+    as_json: bool,
+) -> None:
+    import torch
+
+    from v4_ascend.backends import find_backend
+    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.cli.progress import reporter
+    from v4_ascend.runtime.bench import Workload, bench
+
+    found = find_backend(backend)
+    found.require()
+    found.use_chip(None)
+    with reporter("timing rounds") as progress:
+        speeds = bench(
+            Checkpoint(checkpoint),
+            found,
+            Workload(prompt=prompt, decode=tokens, rounds=rounds),
+            against_transformers=against is not None,
+            progress=progress,
+        )
+    rates = {s.who: getattr(s, what) for s in speeds}
+    if as_json:
+        data = {"what": what, "threads": torch.get_num_threads(), "tokens_per_s": rates}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    typer.echo(f"| {what}, {torch.get_num_threads()} threads | tokens/s |\n|---|---|")
+    for who, rate in rates.items():
+        typer.echo(f"| {who} | {rate:,.1f} |")
+    if len(speeds) > 1:
+        ours, theirs = rates.values()
+        typer.echo(f"| ratio | {ours / theirs:.2f} |")

@@ -1,0 +1,150 @@
+"""Tokens per second of a checkpoint on a backend, beside Hugging Face transformers if asked.
+
+Both sides run in one process on the same weights and tokens, in turns, so that what else the
+machine does hits both; the best round counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from v4_ascend.backends import Backend
+from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.errors import BackendUnavailableError, ConfigError
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.transformer import Transformer
+from v4_ascend.ops import use_policy
+from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.runtime.load import load_model
+from v4_ascend.runtime.parity import cache_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed: a prompt in one prefill, then tokens decoded one at a time."""
+
+    prompt: int
+    decode: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """The best round of one side, tokens per second."""
+
+    who: str
+    prefill: float
+    decode: float
+
+
+# Runs one round and returns the seconds of prefill and of decode.
+Round = Callable[[], tuple[float, float]]
+
+
+def bench(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    work: Workload,
+    *,
+    against_transformers: bool,
+    progress: Callable[[int, int], None],
+) -> list[Speed]:
+    """Time both sides; the first is ours.
+
+    Raises:
+        BackendUnavailableError: transformers is not installed.
+        ConfigError: transformers cannot read a quantised checkpoint of ours.
+    """
+    if work.prompt + work.decode > checkpoint.config.max_seq_len:
+        raise ConfigError("--prompt", f"is longer than {checkpoint.config.max_seq_len} tokens")
+    g = torch.Generator().manual_seed(0)
+    n = work.prompt + work.decode
+    ids = torch.randint(0, checkpoint.config.vocab_size, (n,), generator=g)
+    with torch.inference_mode(), use_policy(backend=backend.name):
+        sides = {f"v4-ascend, {backend.name}": _ours(checkpoint, backend, work, ids)}
+        if against_transformers:
+            sides["transformers"] = _transformers(checkpoint, work, ids)
+        best = dict.fromkeys(sides, (float("inf"), float("inf")))
+        for number in range(work.rounds + 1):
+            for who, run in sides.items():
+                took = run()
+                if number:  # the first warms up
+                    prefill, decode = zip(best[who], took, strict=True)
+                    best[who] = (min(prefill), min(decode))
+            progress(number + 1, work.rounds + 1)
+    return [Speed(who, work.prompt / p, work.decode / d) for who, (p, d) in best.items()]
+
+
+def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.Tensor) -> Round:
+    numerics = Numerics.of(checkpoint.config, None, "auto")
+    model: Transformer = load_model(
+        checkpoint,
+        numerics,
+        with_mtp=False,
+        progress=lambda done, total: None,
+        device=backend.device(),
+    )
+    kv, index = cache_records(backend, numerics, "fast")
+    cache = KVCache(
+        checkpoint.config,
+        n_slots=1,
+        max_model_len=len(ids),
+        max_chunk=work.prompt,
+        kv_record=kv,
+        index_record=index,
+        device=backend.device(),
+    )
+    tokens = ids.tolist()
+
+    def step(begin: int, end: int) -> torch.Tensor:
+        batch = cache.batch([Chunk(0, tokens[begin:end], begin)])
+        return model.head(model(batch, cache.layers)[-1:]).cpu()
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        step(0, work.prompt)
+        middle = time.perf_counter()
+        for position in range(work.prompt, len(tokens)):
+            step(position, position + 1)
+        return middle - start, time.perf_counter() - middle
+
+    return run
+
+
+def _transformers(checkpoint: Checkpoint, work: Workload, ids: torch.Tensor) -> Round:
+    if checkpoint.config.quantization is not None:
+        raise ConfigError("--against", "transformers reads ours with --format fp32 or bf16 only")
+    model = _load_transformers(checkpoint.path)
+    tokens = ids.unsqueeze(0)
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        out = model(tokens[:, : work.prompt], use_cache=True, logits_to_keep=1)
+        middle = time.perf_counter()
+        for position in range(work.prompt, tokens.shape[1]):
+            out = model(
+                tokens[:, position : position + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return middle - start, time.perf_counter() - middle
+
+    return run
+
+
+def _load_transformers(folder: Path) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as e:
+        raise BackendUnavailableError(
+            "--against transformers: not installed (pip install 'v4-ascend[dev]')"
+        ) from e
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return model.eval()
