@@ -14,7 +14,9 @@ def _run(*args):
 
 
 def test_both_sides_are_timed_on_the_same_checkpoint(tmp_path):
-    write_synthetic(in_format(ModelConfig.read(preset_path("tiny")), "fp32"), tmp_path / "c", seed=0)
+    write_synthetic(
+        in_format(ModelConfig.read(preset_path("tiny")), "fp32"), tmp_path / "c", seed=0
+    )
     where = ("--checkpoint", tmp_path / "c", "--prompt", 16, "--rounds", 1)
     done = _run("decode", *where, "--tokens", 2, "--against", "transformers")
     assert done.exit_code == 0, done.exception

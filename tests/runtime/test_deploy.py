@@ -199,8 +199,7 @@ def test_a_rank_that_dies_ends_the_deployment_with_exit_6(box, tmp_path):
         )
     try:
         wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
-        ranks = [p for p in box.processes() if b"runtime.worker" in cmdline(p)]
-        for pid in ranks:
+        for pid in _of(box, b"runtime.worker", b"mortal"):
             os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=60) == 6
         assert "mortal" in (tmp_path / "out").read_text()
@@ -218,18 +217,61 @@ def test_ctrl_c_lets_a_running_answer_finish(box, tmp_path):
         )
     try:
         wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
-        body = ASK | {"stream": True, "max_tokens": 40, "seed": 1}
+        body = ASK | {"stream": True, "max_tokens": 300, "seed": 1}
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         with httpx.stream("POST", url, json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
+            refused = wait_for(lambda: _refusal(url))
             rest = list(lines)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert "draining" in refused.json()["error"]["message"]
         assert rest[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in rest
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()
+
+
+def _refusal(url):
+    answer = httpx.post(url, json=ASK | {"max_tokens": 1}, timeout=60)
+    return answer if answer.status_code != 200 else None
+
+
+def test_a_client_that_leaves_frees_its_slot(served):
+    """As many as there are slots ask for a long answer and leave; the next is served at once."""
+    body = ASK | {"max_tokens": 1000, "seed": 1}
+    url = f"{served.url}/v1/chat/completions"
+    for _ in range(16):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body, timeout=httpx.Timeout(5, read=0.3))
+    start = time.monotonic()
+    assert httpx.post(url, json=ASK | {"max_tokens": 2}, timeout=60).status_code == 200
+    assert time.monotonic() - start < 5
+
+
+def test_a_rank_does_not_outlive_torchrun(box, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--set", "name=orphan", "--port", str(port)], env=box.env, stderr=out
+        )
+    try:
+        wait_for(lambda: _of(box, b"runtime.worker", b"orphan"))
+        # torchrun's own command line names the worker too; the child is the one that has not.
+        for pid in _of(box, b"torch.distributed.run", b"orphan"):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not _of(box, b"runtime.worker", b"orphan"), seconds=10)
+        assert process.wait(timeout=60) == 6
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _of(box, *parts):
+    return [p for p in box.processes() if all(part in cmdline(p) for part in parts)]
 
 
 def cmdline(pid):
@@ -241,6 +283,7 @@ def cmdline(pid):
 
 def wait_for(is_so, seconds=60):
     deadline = time.monotonic() + seconds
-    while not is_so():
+    while not (value := is_so()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return value

@@ -43,6 +43,15 @@ class Dispatcher:
         self._work = asyncio.Event()
         self._rank_pid: int | None = None
 
+    def drain(self) -> None:
+        """From now on answer new requests with 503; those that are here go on."""
+        self.health.is_ready, self.health.state = False, "draining"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every request has its answer."""
+        return not self._queues
+
     async def run(self) -> None:
         """Bring the rank up, then run steps until cancelled.
 
@@ -126,7 +135,7 @@ class Dispatcher:
             match await self.link.receive():
                 case Hello(secret, pid) if secret == self.link.address.secret:
                     self._rank_pid, self.health.state = pid, "loading"
-        while not self.health.is_ready:
+        while True:
             match await self.link.receive():
                 case Loading(done, total):
                     self.health.loaded_bytes, self.health.total_bytes = done, total
@@ -134,6 +143,7 @@ class Dispatcher:
                 case Ready(canary, _):
                     self.health.canary, self.health.state = canary, "ready"
                     self.health.is_ready = True
+                    return
                 case Failed(reason):
                     self._lose(reason)
 

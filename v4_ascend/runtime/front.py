@@ -9,9 +9,11 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -41,6 +43,7 @@ from v4_ascend.supernode.plan import Plan
 
 MAX_WAITING = 256  # requests
 DRAIN_SECONDS = 30
+CLIENT_LEFT = 499  # nobody reads it; the access log does
 RETRY_AFTER = {"Retry-After": "1"}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
@@ -302,28 +305,47 @@ def make_app(front: Front) -> FastAPI:
     async def chat(request: Request) -> Response | dict[str, Any]:
         body = parse_body(ChatBody, await _json(request, front))
         front.require_model(body.model)
-        return await _respond(front, front.chat(body), body)
+        return await _respond(request, front, front.chat(body), body)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response | dict[str, Any]:
         body = parse_body(CompletionBody, await _json(request, front))
         front.require_model(body.model)
-        return await _respond(front, front.completion(body), body)
+        return await _respond(request, front, front.completion(body), body)
 
     return app
 
 
 async def _respond(
-    front: Front, wanted: Wanted, body: ChatBody | CompletionBody
+    request: Request, front: Front, wanted: Wanted, body: ChatBody | CompletionBody
 ) -> Response | dict[str, Any]:
     front.dispatcher.require_room(body.n)
     fingerprint = f"v4-ascend-{__version__}-{front.plan.digest[:8]}"
     envelope = Envelope(body.model, wanted.is_chat, fingerprint, len(wanted.prompt_ids))
     if not body.stream:
-        return await front.whole(wanted, body.n, envelope)
+        return await _unless_gone(request, front.whole(wanted, body.n, envelope))
     usage = body.stream_options is not None and body.stream_options.include_usage
     chunks = front.stream(wanted, body.n, envelope, include_usage=usage)
     return StreamingResponse(chunks, media_type="text/event-stream")
+
+
+async def _unless_gone(
+    request: Request, work: Coroutine[Any, Any, dict[str, Any]]
+) -> Response | dict[str, Any]:
+    """Do the work, or drop it once the client has left: its slot is another's."""
+    answer, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=CLIENT_LEFT)
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _json(request: Request, front: Front) -> Any:
@@ -340,6 +362,27 @@ def _authenticate(request: Request, keys: tuple[str, ...]) -> None:
     is_known = [hmac.compare_digest(given, k.encode()) for k in keys]
     if keys and True not in is_known:
         raise RequestError("a valid API key is needed: Authorization: Bearer ...", status=401)
+
+
+class DrainingServer(uvicorn.Server):
+    """Listens while it drains, so that a client is told so; a second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
+        super().__init__(config)
+        self._dispatcher, self._deadline = dispatcher, float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain."""
+        if self._deadline < float("inf"):
+            super().handle_exit(sig, frame)
+        self._deadline = time.monotonic() + DRAIN_SECONDS
+        self._dispatcher.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: end once everybody has an answer, or the time is up."""
+        if self._deadline < float("inf"):
+            self.should_exit |= self._dispatcher.is_idle or time.monotonic() > self._deadline
+        return await super().on_tick(counter)
 
 
 async def _follow_parent() -> None:
@@ -364,9 +407,9 @@ def main() -> None:
             host=plan.host,
             port=plan.port,
             log_level="warning",
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=1,  # streams that are left after draining
         )
-        await uvicorn.Server(config).serve()
+        await DrainingServer(config, front.dispatcher).serve()
 
     asyncio.run(serve())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from v4_ascend.runtime.link import Address, RankLink
 from v4_ascend.runtime.messages import Failed, Hello, Loading, Ready
 from v4_ascend.supernode.plan import Plan
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main() -> None:
     """Serve the front until it is gone; exit 1 if that is not possible."""
+    _die_with_parent()
     state = Path(sys.argv[1])
     address = Address.read(state)
     link = RankLink(address)
@@ -29,6 +34,12 @@ def main() -> None:
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
         link.send(Failed(f"{type(e).__name__}: {e}"))
         raise
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end us when torchrun ends, however it does, even while we load."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def _serve(link: RankLink, plan: Plan) -> None:
