@@ -14,11 +14,15 @@ from v4_ascend.runtime.verify import Result
 
 Found = Sequence[tuple[Backend, str | None, list[Capability]]]
 MAX_FAILURES = 20
+PIPE_WIDTH = 160
 STYLES = {"passed": "green", "failed": "red", "refused": "yellow"}
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH  # nobody's window: nothing need be cut
+    return console
 
 
 def _title(backend: Backend, chip: str | None) -> str:
