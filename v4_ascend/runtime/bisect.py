@@ -93,7 +93,8 @@ def _error(
     # A row's ids are chosen together; packed values and scales are rounded each by itself.
     is_choice = x.dtype in (torch.int32, torch.int64)
     rows = other.any(-1).double() if is_choice else other.double().mean(-1)
-    return float(rows.mean()), bounds.other_rows, int(rows.argmax()), "fraction that differs"
+    bound = max(bounds.other_rows, bounds.jump * before)
+    return float(rows.mean()), bound, int(rows.argmax()), "fraction that differs"
 
 
 def _plain(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from mindspore import dtype as mstype
 
 
 def _mixes(x: Tensor, fn: Tensor, eps: float) -> Tensor:
-    flat = x.reshape(x.shape[0], -1).astype(mstype.float32)
+    flat = x.astype(mstype.float32).reshape(x.shape[0], -1)  # no bf16 reshape in graphs on CPU
     return ops.matmul(flat, fn.T) * ops.rsqrt(ops.square(flat).mean(-1, keep_dims=True) + eps)
 
 
