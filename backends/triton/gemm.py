@@ -15,8 +15,10 @@ PLAIN, FP8, FP4 = 0, 1, 2
 @triton.jit
 def _scale(at, mask, IS_E8M0: tl.constexpr):
     if IS_E8M0:
-        return e8m0_to_float(tl.load(at, mask, 0))
-    return tl.load(at, mask, 0.0)
+        scale = e8m0_to_float(tl.load(at, mask, 0))
+    else:
+        scale = tl.load(at, mask, 0.0)
+    return scale
 
 
 @triton.jit

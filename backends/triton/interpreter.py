@@ -5,17 +5,17 @@ Without TRITON_INTERPRET nothing is changed.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton import knobs
 
 
 def is_interpreting() -> bool:
     """Whether kernels run step by step on the CPU in this process."""
-    return bool(knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

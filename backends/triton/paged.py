@@ -17,7 +17,6 @@ from v4_ascend.backends.triton.quant import (
     inverse_of_e8m0,
 )
 
-PLAIN, FP8_584, FP8_640, FP4_68, FP8_132 = (tl.constexpr(i) for i in range(5))
 CODES = {"fp32": 0, "bf16": 0, "fp8_584": 1, "fp8_640": 2, "fp4_68": 3, "fp8_132": 4}
 
 
@@ -133,6 +132,44 @@ def store_rows(
 
 
 @triton.jit
+def _kv_rows(storage, slot, cols, mask, block_rows, RECORD: tl.constexpr):
+    if RECORD == 1:
+        page = storage + slot // block_rows * (block_rows * 584)
+        data = page + slot % block_rows * 576
+        tail = page + block_rows * 576 + slot % block_rows * 8
+        rope = data + 448
+    else:
+        rope = storage + slot * 640
+        data = rope + 128
+        tail = data + 448
+    is_fp8 = mask & (cols < 448)
+    value = e4m3_to_half(tl.load(data + cols, is_fp8, 0)).to(tl.float32)
+    value *= e8m0_to_float(tl.load(tail + cols // 64, is_fp8, 0))
+    rotated = _load_bf16(rope + 2 * (cols - 448), mask & (cols >= 448))
+    return tl.where(cols < 448, value, rotated).to(tl.bfloat16)
+
+
+@triton.jit
+def _fp4_index_rows(storage, slot, cols, mask, block_rows):
+    page = storage + slot // block_rows * (block_rows * 68)
+    byte = tl.load(page + slot % block_rows * 64 + cols // 2, mask, 0).to(tl.int32)
+    code = tl.where(cols % 2 == 0, byte & 15, byte >> 4)
+    tail = page + block_rows * 64 + slot % block_rows * 4
+    return e2m1_to_float(code) * e8m0_to_float(tl.load(tail + cols // 32, mask, 0))
+
+
+@triton.jit
+def _fp8_index_rows(storage, slot, cols, mask, block_rows):
+    page = storage + slot // block_rows * (block_rows * 132)
+    byte = tl.load(page + slot % block_rows * 128 + cols, mask, 0)
+    tail = page + block_rows * 128 + slot % block_rows * 4 + 0 * cols
+    bits = tl.load(tail, mask, 0).to(tl.int32)
+    for i in tl.static_range(1, 4):
+        bits |= tl.load(tail + i, mask, 0).to(tl.int32) << (8 * i)
+    return e4m3_to_half(byte).to(tl.float32) * bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_rows(
     storage, slot, is_row, width, block_rows, RECORD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -144,36 +181,16 @@ def load_rows(
     cols = tl.arange(0, BLOCK)[None, :]
     slot = slot.to(tl.int64)[:, None]
     mask = is_row[:, None] & (cols < width)
+    # One return: Triton compiles what follows a return in a branch it knows at compile time.
     if RECORD == 0:
-        return tl.load(storage + slot * width + cols, mask, 0.0)
-    if RECORD == 1 or RECORD == 2:
-        if RECORD == 1:
-            page = storage + slot // block_rows * (block_rows * 584)
-            data = page + slot % block_rows * 576
-            tail = page + block_rows * 576 + slot % block_rows * 8
-            rope = data + 448
-        else:
-            rope = storage + slot * 640
-            data = rope + 128
-            tail = data + 448
-        is_fp8 = mask & (cols < 448)
-        value = e4m3_to_half(tl.load(data + cols, is_fp8, 0)).to(tl.float32)
-        value *= e8m0_to_float(tl.load(tail + cols // 64, is_fp8, 0))
-        rotated = _load_bf16(rope + 2 * (cols - 448), mask & (cols >= 448))
-        return tl.where(cols < 448, value, rotated).to(tl.bfloat16)
-    if RECORD == 3:
-        page = storage + slot // block_rows * (block_rows * 68)
-        byte = tl.load(page + slot % block_rows * 64 + cols // 2, mask, 0).to(tl.int32)
-        code = tl.where(cols % 2 == 0, byte & 15, byte >> 4)
-        tail = page + block_rows * 64 + slot % block_rows * 4
-        return e2m1_to_float(code) * e8m0_to_float(tl.load(tail + cols // 32, mask, 0))
-    page = storage + slot // block_rows * (block_rows * 132)
-    byte = tl.load(page + slot % block_rows * 128 + cols, mask, 0)
-    tail = page + block_rows * 128 + slot % block_rows * 4
-    bits = tl.load(tail, is_row[:, None], 0).to(tl.int32)
-    for i in tl.static_range(1, 4):
-        bits |= tl.load(tail + i, is_row[:, None], 0).to(tl.int32) << (8 * i)
-    return e4m3_to_half(byte).to(tl.float32) * bits.to(tl.float32, bitcast=True)
+        rows = tl.load(storage + slot * width + cols, mask, 0.0)
+    elif RECORD <= 2:
+        rows = _kv_rows(storage, slot, cols, mask, block_rows, RECORD)
+    elif RECORD == 3:
+        rows = _fp4_index_rows(storage, slot, cols, mask, block_rows)
+    else:
+        rows = _fp8_index_rows(storage, slot, cols, mask, block_rows)
+    return rows
 
 
 @triton.jit
