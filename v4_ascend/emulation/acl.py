@@ -74,7 +74,9 @@ def build() -> Path:
     if compiler is None or shutil.which("nm") is None or shutil.which("readelf") is None:
         raise V4AscendError("emulation: needs a C compiler, nm and readelf (binutils) on PATH")
     version = (wheel / "version.py").read_text(encoding="utf-8")
-    seed = version + _SOURCE.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
+    seed = (
+        version + _SOURCE.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
+    )
     folder = cache_root() / "acl" / hashlib.sha256(seed.encode()).hexdigest()[:12]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as guard:
@@ -123,7 +125,16 @@ def _compile(compiler: str, wheel: Path, torch: Path, folder: Path) -> None:
 def _unmet(binaries: list[Path], providers: Iterable[Path]) -> tuple[set[str], set[str]]:
     """Return the libraries and the symbols nobody here provides."""
     providers = list(providers)
-    system = {"libc", "libm", "libdl", "librt", "libpthread", "libstdc++", "libgcc_s", "ld-linux-x86-64"}
+    system = {
+        "libc",
+        "libm",
+        "libdl",
+        "librt",
+        "libpthread",
+        "libstdc++",
+        "libgcc_s",
+        "ld-linux-x86-64",
+    }
     system.add("ld-linux-aarch64")
     there = {p.name for p in providers}
     libraries, wanted, given = set(), set(), set()

@@ -60,7 +60,9 @@ class Checks:
         """Refuse tensors with gaps or another order of dims."""
         for name, t in tensors.items():
             if t is not None:
-                self.need(t.is_contiguous(), f"{name}.stride()", t.stride(), "it must be contiguous")
+                self.need(
+                    t.is_contiguous(), f"{name}.stride()", t.stride(), "it must be contiguous"
+                )
 
     def pages(self, **caches: torch.Tensor | None) -> None:
         """Refuse paged caches [block_num, block_size, ...] whose pages a kernel cannot read."""

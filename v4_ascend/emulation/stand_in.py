@@ -79,7 +79,9 @@ def install(chip: Chip) -> list[torch.library.Library]:
             custom.impl(name, on_cpu(kernel, f"{CUSTOM}::{name}"), "PrivateUse1")
             if "_metadata" in name and name.startswith("npu_"):
                 # Without an optional tensor nothing says which device: the argument does.
-                custom.impl(name, _by_argument(kernel, f"{CUSTOM}::{name}"), "CompositeExplicitAutograd")
+                custom.impl(
+                    name, _by_argument(kernel, f"{CUSTOM}::{name}"), "CompositeExplicitAutograd"
+                )
     stock = torch.library.Library("npu", "IMPL", "PrivateUse1")
     for known in STAND_INS.values():
         namespace, _, name = known.name.partition("::")

@@ -27,7 +27,9 @@ def _rows_640(cache: torch.Tensor) -> torch.Tensor:
     rope, nope, scale, _ = raw.split((2 * ROPE_DIM, NOPE_DIM, NOPE_DIM // TILE, 57), dim=-1)
     values = nope.contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, TILE))
     factors = scale.contiguous().view(torch.float8_e8m0fnu).float().unsqueeze(-1)
-    return torch.cat(((values * factors).flatten(-2), rope.contiguous().view(torch.bfloat16).float()), -1)
+    return torch.cat(
+        ((values * factors).flatten(-2), rope.contiguous().view(torch.bfloat16).float()), -1
+    )
 
 
 def _attend(
@@ -114,9 +116,7 @@ def _check_call(
     topk = 0
     if cmp_kv is None:
         check.one_of((1,), cmp_ratio=cmp_ratio)
-        check.need(
-            cmp_sparse_indices is None, "cmp_sparse_indices", "given", "it needs cmp_kv"
-        )
+        check.need(cmp_sparse_indices is None, "cmp_sparse_indices", "given", "it needs cmp_kv")
     else:
         check.one_of((4, 128), cmp_ratio=cmp_ratio)
         check.given(cmp_block_table=cmp_block_table)
@@ -185,7 +185,9 @@ def _slots(
 def _picked(check: Checks, indices: torch.Tensor, visible: int) -> torch.Tensor:
     valid = indices >= 0
     n = int(valid.sum())
-    check.need(bool(valid[:n].all()), "cmp_sparse_indices", "-1 before an index", "valid ones come first")
+    check.need(
+        bool(valid[:n].all()), "cmp_sparse_indices", "-1 before an index", "valid ones come first"
+    )
     picked = indices[:n].long()
     return picked[picked < visible]  # cmp_mask_mode 3 hides what is not complete yet
 
@@ -296,7 +298,9 @@ def _run(
     layouts: tuple[str, str],
     return_softmax_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check.need(softmax_scale > 0, "softmax_scale", softmax_scale, "it must be given, head_dim**-0.5")
+    check.need(
+        softmax_scale > 0, "softmax_scale", softmax_scale, "it must be given, head_dim**-0.5"
+    )
     _check_call(
         check, quant, q, ori_kv, cmp_kv, ori_sparse_indices, cmp_sparse_indices, ori_block_table,
         cmp_block_table, cu_seqlens_q, seqused_kv, sinks, metadata, cmp_ratio, *window, masks,

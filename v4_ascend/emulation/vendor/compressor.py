@@ -212,7 +212,9 @@ def compressor_metadata(
     check.shape(*rope_cos.shape, rope_sin=rope_sin)
     check.dtype(torch.float32, torch.float16, torch.bfloat16, rope_cos=rope_cos)
     check.dtype(rope_cos.dtype, rope_sin=rope_sin)
-    check.dtype(torch.int32, cu_seqlens=cu_seqlens, start_pos=start_pos, kv_block_table=kv_block_table)
+    check.dtype(
+        torch.int32, cu_seqlens=cu_seqlens, start_pos=start_pos, kv_block_table=kv_block_table
+    )
     batch = start_pos.numel()
     check.shape(batch + 1, cu_seqlens=cu_seqlens)
     check.shape(batch, None, kv_block_table=kv_block_table)
@@ -220,7 +222,9 @@ def compressor_metadata(
     check.need(0 <= num_reqs_actual <= batch, "num_reqs_actual", num_reqs_actual, limit)
     cos = torch.ones(num_compressed_tokens, rope_cos.shape[1], dtype=rope_cos.dtype)
     sin = torch.zeros_like(cos)
-    slots = torch.tensor([-1, kv_block_size - 1], dtype=torch.int32).repeat(num_compressed_tokens, 1)
+    slots = torch.tensor([-1, kv_block_size - 1], dtype=torch.int32).repeat(
+        num_compressed_tokens, 1
+    )
     starts = cu_seqlens.tolist()
     row = 0
     for b in range(num_reqs_actual):
@@ -228,7 +232,9 @@ def compressor_metadata(
         for g in range(p // compress_ratio, (p + n) // compress_ratio):
             if row == num_compressed_tokens:
                 break
-            there = g // kv_block_size < kv_block_table.shape[1] and g * compress_ratio < len(rope_cos)
+            there = g // kv_block_size < kv_block_table.shape[1] and g * compress_ratio < len(
+                rope_cos
+            )
             block = int(kv_block_table[b, g // kv_block_size]) if there else -1
             if block >= 0:
                 cos[row], sin[row] = rope_cos[g * compress_ratio], rope_sin[g * compress_ratio]

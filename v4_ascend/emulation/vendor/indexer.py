@@ -54,9 +54,7 @@ def npu_vllm_quant_lightning_indexer(
         "npu_vllm_quant_lightning_indexer", "vllm-ascend vllm_quant_lightning_indexer README"
     )
     on_950 = running_on().generation == "950"
-    values, scales = (
-        (torch.float8_e4m3fn, torch.float32) if on_950 else (torch.int8, torch.float16)
-    )
+    values, scales = (torch.float8_e4m3fn, torch.float32) if on_950 else (torch.int8, torch.float16)
     check.one_of(("TND",), layout_query=layout_query)
     check.one_of(("PA_BSND",), layout_key=layout_key)
     check.given(
@@ -79,7 +77,9 @@ def npu_vllm_quant_lightning_indexer(
         key_dequant_scale=key_dequant_scale,
     )  # fmt: skip
     check.contiguous(
-        weights=weights, query_dequant_scale=query_dequant_scale, key_dequant_scale=key_dequant_scale
+        weights=weights,
+        query_dequant_scale=query_dequant_scale,
+        key_dequant_scale=key_dequant_scale,
     )
     check.dtype(
         torch.int32, actual_seq_lengths_query=actual_seq_lengths_query,
@@ -112,7 +112,9 @@ def npu_vllm_quant_lightning_indexer(
         n_keys, ahead = length // cmp_ratio, length - (last - first)
         blocks = -(-n_keys // rows)
         limit = f"request {b} has {n_keys} keys, {blocks} blocks"
-        check.need(block_table.shape[1] >= blocks, "block_table.shape[1]", block_table.shape[1], limit)
+        check.need(
+            block_table.shape[1] >= blocks, "block_table.shape[1]", block_table.shape[1], limit
+        )
         s = torch.arange(n_keys)
         mine = keys[block_table[b, s // rows].long() * rows + s % rows]
         for t in range(first, last):
