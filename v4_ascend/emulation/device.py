@@ -19,14 +19,30 @@ NPU = "npu"
 
 # Handled by torch_npu itself (its allocator, its tensor type), or above the kernels.
 _KEPT = frozenset(
-    f"aten::{name}"
-    for name in (
-        "empty.memory_format empty_strided as_strided view view.dtype _reshape_alias alias detach "
-        "unfold contiguous _unsafe_view record_stream resize_ set_ set_.source_Storage "
-        "set_.source_Storage_storage_offset set_.source_Tensor "
-        "set_.source_Tensor_storage_offset is_set_to is_pinned _pin_memory "
-        "_has_compatible_shallow_copy_type"
-    ).split()
+    (
+        "aten::empty.memory_format",
+        "aten::empty_strided",
+        "aten::as_strided",
+        "aten::view",
+        "aten::view.dtype",
+        "aten::_reshape_alias",
+        "aten::alias",
+        "aten::detach",
+        "aten::unfold",
+        "aten::contiguous",
+        "aten::_unsafe_view",
+        "aten::record_stream",
+        "aten::resize_",
+        "aten::set_",
+        "aten::set_.source_Storage",
+        "aten::set_.source_Storage_storage_offset",
+        "aten::set_.source_Tensor",
+        "aten::set_.source_Tensor_storage_offset",
+        "aten::is_set_to",
+        "aten::is_pinned",
+        "aten::_pin_memory",
+        "aten::_has_compatible_shallow_copy_type",
+    )
 )
 # Written below: they cross devices on purpose.
 _CROSSING = frozenset(("aten::copy_", "aten::_to_copy", "aten::_local_scalar_dense"))

@@ -116,7 +116,7 @@ def _scatter(check: Checks, var: torch.Tensor, indices: torch.Tensor, update: to
     )
     for row, value in zip(linear.tolist(), update, strict=True):
         if row >= 0:
-            at = []
+            at: list[int] = []
             for axis in reversed(range(k)):
                 row, offset = divmod(row, var.shape[axis])
                 at.insert(0, offset)

@@ -55,8 +55,9 @@ def compressor(
         rope_*       [min(T, T // cmp_ratio + B), 64]  of the rows that come out
         return       [min(T, T // cmp_ratio + B), D]  packed; NaN where there is no row
     """
+    given = locals()
     check = Checks("compressor", "vllm-ascend csrc/attention/compressor/README.md")
-    _check_compressor(check, **locals())
+    _check_compressor(check, **given)
     assert cu_seqlens is not None
     assert start_pos is not None
     assert state_block_table is not None
@@ -122,7 +123,13 @@ class _State:
     def write(self, at: torch.Tensor, rows: torch.Tensor) -> None:
         blocks = self._blocks(at)
         kept = blocks != 0
-        self.cache[blocks[kept], at[kept] % self.cache.shape[1]] = rows[kept]
+        blocks, offset = blocks[kept], at[kept] % self.cache.shape[1]
+        # Tokens are written by many cores at once: who is last on a shared row is anyone's guess.
+        places = torch.stack((blocks, offset), -1).tolist()
+        twice = len(places) - len({tuple(place) for place in places})
+        limit = "give old blocks 0, or a chunk its own blocks"
+        self.check.need(not twice, "state_block_table: rows written twice by a call", twice, limit)
+        self.cache[blocks, offset] = rows[kept]
 
 
 def _check_compressor(
