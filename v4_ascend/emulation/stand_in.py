@@ -1,0 +1,118 @@
+"""Registers CPU stand-ins behind the vendor's operators.
+
+    @stand_in("npu::npu_rms_norm")
+    def npu_rms_norm(input, gamma, epsilon=1e-6): ...
+
+The function gets CPU tensors over the device's memory, checks them as the vendor's kernel
+would, and computes in fp32 with one rounding at the end. An operator that a chip does not
+have is refused with its name (stock) or not there at all (`_C_ascend`, built per chip).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from v4_ascend.emulation import call_log
+from v4_ascend.emulation.chips import Chip
+from v4_ascend.emulation.device import on_cpu
+
+ALL = ("a2", "a3", "950")
+CUSTOM = "_C_ascend"
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """One operator's stand-in, and the chips that have the operator."""
+
+    name: str
+    generations: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+STAND_INS: dict[str, StandIn] = {}
+_running_on: list[Chip] = []
+
+
+def stand_in(name: str, generations: tuple[str, ...] = ALL) -> Callable[..., Any]:
+    """Declare the decorated function as what `name`, "namespace::operator", does here."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in STAND_INS:
+            raise ValueError(f"{name} has a stand-in already")
+        STAND_INS[name] = StandIn(name, generations, function)
+        return function
+
+    return declare
+
+
+def running_on() -> Chip:
+    """Return the chip that is emulated in this process."""
+    return _running_on[0]
+
+
+def schemas() -> dict[str, tuple[tuple[str, ...], str]]:
+    """Return the recorded `_C_ascend` schemas: name to (generations, schema)."""
+    text = resources.files(__package__ or "").joinpath("c_ascend.txt").read_text(encoding="utf-8")
+    found: dict[str, tuple[tuple[str, ...], str]] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        generations, schema = line.split("  ", 1)
+        found[schema.split("(")[0]] = (tuple(generations.split(",")), schema.strip())
+    return found
+
+
+def install(chip: Chip) -> list[torch.library.Library]:
+    """Define `_C_ascend` for the chip and register every stand-in; keep the result alive."""
+    _running_on[:] = [chip]
+    custom = torch.library.Library(CUSTOM, "DEF")
+    for name, (generations, schema) in schemas().items():
+        if chip.generation in generations:
+            custom.define(schema)
+            known = STAND_INS.get(f"{CUSTOM}::{name}")
+            kernel = known.function if known else _not_emulated(f"{CUSTOM}::{name}")
+            custom.impl(name, on_cpu(kernel, f"{CUSTOM}::{name}"), "PrivateUse1")
+            if "_metadata" in name and name.startswith("npu_"):
+                # Without an optional tensor nothing says which device: the argument does.
+                custom.impl(
+                    name, _by_argument(kernel, f"{CUSTOM}::{name}"), "CompositeExplicitAutograd"
+                )
+    stock = torch.library.Library("npu", "IMPL", "PrivateUse1")
+    for known in STAND_INS.values():
+        namespace, _, name = known.name.partition("::")
+        if namespace == "npu":
+            kernel = on_cpu(known.function, known.name)
+            if chip.generation not in known.generations:
+                kernel = _refused(known, chip)
+            stock.impl(name, kernel, allow_override=True)
+    return [custom, stock]
+
+
+def _by_argument(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call_log.record(name)
+        return kernel(*args, **kwargs).to(kwargs.get("device", "npu"))
+
+    return call
+
+
+def _not_emulated(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name} is known by its schema only: it has no CPU stand-in")
+
+    return call
+
+
+def _refused(known: StandIn, chip: Chip) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{known.name} is not supported on {chip.soc_name} (error 161002): "
+            f"{', '.join(known.generations)} only; operator map of the vendor's documents"
+        )
+
+    return call

@@ -1,0 +1,27 @@
+"""CPU stand-ins for the vendor's operators, written from the vendor's documents."""
+
+from v4_ascend.emulation.vendor import (
+    attention,
+    cache,
+    compressor,
+    gate,
+    gemm,
+    hyper_connection,
+    indexer,
+    metadata,
+    norm,
+    routing,
+)
+
+__all__ = [
+    "attention",
+    "cache",
+    "compressor",
+    "gate",
+    "gemm",
+    "hyper_connection",
+    "indexer",
+    "metadata",
+    "norm",
+    "routing",
+]
