@@ -43,6 +43,7 @@ ASCEND = Backend(
     chips=soc.CHIPS,
     use_chip=soc.use_chip,
     records=_records,
+    min_page_rows=cache.SERVED_PAGE,
 )
 
 soc.order(soc.A5, only_installed=False)
