@@ -39,15 +39,17 @@ def print_overview(found: Found) -> None:
     for backend in {b.name: b for b, _, _ in found}.values():
         why = backend.why_unavailable()
         console.print(f"{backend.name}: {'can run here' if why is None else f'not here: {why}'}")
-    console.print("each cell: whose kernel would run at Flash and Pro shapes, in bf16")
+    console.print("each cell: whose kernel would run at Flash and Pro shapes, in bf16;")
+    console.print("* not with every weight or cache format")
     console.print("reasons and kernel names: v4-ascend ops --backend NAME")
 
 
 def _providers(c: Capability) -> str:
     if c.missing is not None:
         return "missing"
-    names = list(dict.fromkeys(choice.provider or "refused" for choice in c.choices))
-    return ", ".join(names)
+    names = list(dict.fromkeys(choice.provider for choice in c.choices if choice.provider))
+    mark = "" if all(choice.provider for choice in c.choices) else "*"
+    return ", ".join(names) + mark if names else "refused"
 
 
 def print_backend(backend: Backend, chip: str | None, table: list[Capability]) -> None:
