@@ -170,9 +170,29 @@ def _to_copy(
     return to_device(copied, torch.npu.current_device() if to.index is None else to.index)
 
 
-def install() -> list[torch.library.Library]:
+class Kernels:
+    """Kernels for the emulated device, which last as long as this object."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.library = torch.library.Library(namespace, "IMPL", "PrivateUse1")
+        self.autograd = torch.library.Library(namespace, "IMPL", "AutogradPrivateUse1")
+
+    def register(self, name: str, kernel: Callable[..., Any]) -> None:
+        """Make `kernel` what an operator does on the device.
+
+        torch_npu's own autograd kernels call the device around the dispatcher, so they go:
+        the emulated device is for inference.
+        """
+        self.library.impl(name, kernel, allow_override=True)
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        if has(f"{self.namespace}::{name}", "AutogradPrivateUse1"):
+            self.autograd.impl(name, torch.library.fallthrough_kernel, allow_override=True)
+
+
+def install() -> Kernels:
     """Give every plain operator of torch_npu its CPU kernel; keep what is returned alive."""
-    library = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    kernels = Kernels("aten")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = name.partition("::")
@@ -184,8 +204,8 @@ def install() -> list[torch.library.Library]:
             continue
         op = getattr(packet, overload or "default")
         kernel = on_cpu(op, name, name in _INDICES_ANYWHERE)
-        library.impl(rest, kernel, allow_override=True)
-    library.impl("copy_", _copy_, allow_override=True)
-    library.impl("_to_copy", _to_copy, allow_override=True)
-    library.impl("_local_scalar_dense", lambda t: cpu_view(t).item(), allow_override=True)
-    return [library]
+        kernels.register(rest, kernel)
+    kernels.register("copy_", _copy_)
+    kernels.register("_to_copy", _to_copy)
+    kernels.register("_local_scalar_dense", lambda t: cpu_view(t).item())
+    return kernels

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import warnings
 
@@ -43,8 +45,9 @@ def install(soc: str = "950dt", devices: int = 1, memory_gib: float | None = Non
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     gib = wanted[0].memory_gib if memory_gib is None else memory_gib
     acl.load(wanted[0], devices, int(gib * 2**30))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no CANN folder, no driver: so it is meant
+    # No CANN folder and no driver: so it is meant, and stdout is for data.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
         importlib.import_module("torch_npu")
         from v4_ascend.emulation import collectives, device, stand_in
 
