@@ -88,6 +88,10 @@ def on_cpu(op: Callable[..., Any], name: str, indices_anywhere: bool = False) ->
     return call
 
 
+def _index(device: torch.device) -> int:
+    return torch.npu.current_device() if device.index is None else device.index
+
+
 class _Places:
     """Takes one call's tensors off the device, and its results back."""
 
@@ -102,7 +106,7 @@ class _Places:
             if x.type != NPU:
                 return x
             if self.device is None:
-                self.device = torch.device(NPU, 0 if x.index is None else x.index)
+                self.device = torch.device(NPU, _index(x))
             return torch.device("cpu")
         if not isinstance(x, torch.Tensor):
             return x
@@ -136,7 +140,7 @@ class _Places:
         shared = self.given.get(x.untyped_storage().data_ptr())
         if shared is not None and x.numel() and x.dtype == shared[0].dtype:
             return shared[0].as_strided(x.size(), x.stride(), x.storage_offset())
-        return to_device(x, 0 if self.device is None else self.device.index)
+        return to_device(x, _index(self.device or torch.device(NPU)))
 
     def _refuse(self, other: torch.device, first: torch.device | None = None) -> None:
         raise RuntimeError(
@@ -167,7 +171,7 @@ def _to_copy(
     copied = torch.ops.aten._to_copy(source, dtype=dtype, device="cpu", memory_format=memory_format)
     if to.type != NPU:
         return copied
-    return to_device(copied, torch.npu.current_device() if to.index is None else to.index)
+    return to_device(copied, _index(to))
 
 
 class Kernels:
