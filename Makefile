@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ENVIRONMENTS := mindspore triton-ascend
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check verify-emulated clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,15 @@ check: install
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --slow -m slow
+	$(MAKE) verify-emulated
+
+# What can be shown of each vendor's stack without its hardware, each in an environment of its own.
+verify-emulated: $(ENVIRONMENTS:%=verify-%)
+
+verify-%: install
+	OMP_NUM_THREADS=1 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+	  $$($(BIN)/python -m v4_ascend.emulation.environment $*) \
+	  -m pytest -q -n 2 -W default --environment $*
 
 clean:
 	rm -rf $(VENV) .demo

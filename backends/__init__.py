@@ -6,9 +6,11 @@ running one does.
 
 from v4_ascend.backends.backend import Backend, Proof
 from v4_ascend.backends.cpu import CPU
+from v4_ascend.backends.cuda import CUDA
+from v4_ascend.backends.mindspore import MINDSPORE
 from v4_ascend.errors import ConfigError
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU,)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, CUDA, MINDSPORE)}
 
 __all__ = ["BACKENDS", "Backend", "Proof", "find_backend"]
 

@@ -1,7 +1,11 @@
 """The package list in pyproject.toml is what is on disk."""
 
+import os
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,3 +36,42 @@ def test_only_one_import_name(name, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ImportError, match=f"import v4_ascend.{name}, not {name}"):
         __import__(name)
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    """Built, unpacked elsewhere, and used from there without the repository."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    copy = tmp_path / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    done = subprocess.run(build, cwd=copy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = z.namelist()
+        z.extractall(tmp_path / "site")
+    assert {n.split("/")[0] for n in names} == {"v4_ascend", "v4_ascend-0.1.0.dist-info"}
+    for data in ("py.typed", "configs/topology/laptop.yaml", "runtime/verify_report.html"):
+        assert f"v4_ascend/{data}" in names
+    # No editable install may help: it is found through the path alone.
+    code = "import v4_ascend.ops, v4_ascend.cli; print(v4_ascend.ops.__file__)"
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    command = [sys.executable, "-m", "v4_ascend", "ops", "--backend", "cpu"]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "sparse_attn" in done.stdout

@@ -2,6 +2,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from planting import planted_kernel
 from typer.testing import CliRunner
 
 from v4_ascend.cli.app import app
@@ -24,10 +25,8 @@ def wrong_swiglu():
     def why_not(x, limit, weight):
         return None if weight is not None else "needs weights"
 
-    op.kernel("cpu", provider="test", why_not=why_not)(unclamped)
-    yield
-    op.try_in_order("cpu", ())
-    del op.kernels["cpu"]
+    with planted_kernel(op, "cpu", unclamped, why_not):
+        yield
 
 
 def test_ops_lists_every_operator():

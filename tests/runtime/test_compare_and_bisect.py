@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from planting import planted_kernel
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -66,12 +67,8 @@ def planted(name, call, run):
         return run(op, arguments) if call(number, arguments) else op.reference(**arguments)
 
     kernel.__signature__ = op.signature
-    op.kernel("cpu", provider="test")(kernel)
-    try:
+    with planted_kernel(op, "cpu", kernel):
         yield
-    finally:
-        op.try_in_order("cpu", ())
-        del op.kernels["cpu"]
 
 
 def changed(change):

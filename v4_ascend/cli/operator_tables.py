@@ -14,11 +14,15 @@ from v4_ascend.runtime.verify import Result
 
 Found = Sequence[tuple[Backend, str | None, list[Capability]]]
 MAX_FAILURES = 20
+PIPE_WIDTH = 160
 STYLES = {"passed": "green", "failed": "red", "refused": "yellow"}
 
 
 def _console() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH  # nobody's window: nothing need be cut
+    return console
 
 
 def _title(backend: Backend, chip: str | None) -> str:
@@ -35,15 +39,17 @@ def print_overview(found: Found) -> None:
     for backend in {b.name: b for b, _, _ in found}.values():
         why = backend.why_unavailable()
         console.print(f"{backend.name}: {'can run here' if why is None else f'not here: {why}'}")
-    console.print("each cell: whose kernel would run at Flash and Pro shapes, in bf16")
+    console.print("each cell: whose kernel would run at Flash and Pro shapes, in bf16;")
+    console.print("* not with every weight or cache format")
     console.print("reasons and kernel names: v4-ascend ops --backend NAME")
 
 
 def _providers(c: Capability) -> str:
     if c.missing is not None:
         return "missing"
-    names = list(dict.fromkeys(choice.provider or "refused" for choice in c.choices))
-    return ", ".join(names)
+    names = list(dict.fromkeys(choice.provider for choice in c.choices if choice.provider))
+    mark = "" if all(choice.provider for choice in c.choices) else "*"
+    return ", ".join(names) + mark if names else "refused"
 
 
 def print_backend(backend: Backend, chip: str | None, table: list[Capability]) -> None:

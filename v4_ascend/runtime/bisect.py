@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from v4_ascend.errors import ConfigError
-from v4_ascend.ops import OPS
 from v4_ascend.runtime.compare import Bounds, Record, relative_error
 
 GATES = ("topk_gate", "hash_gate")
@@ -66,7 +65,7 @@ def bisect(a: Record, b: Record, bounds: Bounds) -> Divergence | None:
         is_reordered = is_reordered and op != "moe_combine"
         if is_reordered:
             continue
-        error, bound, row, measure = _error(op, a.tensor(name), b.tensor(name), bounds)
+        error, bound, row, measure = _error(a.tensor(name), b.tensor(name), bounds, before)
         is_reordered = op in GATES and error > 0 and measure != "relative error"
         if error > bound:
             place = (int(step), int(layer), int(number))
@@ -77,30 +76,26 @@ def bisect(a: Record, b: Record, bounds: Bounds) -> Divergence | None:
 
 
 def _error(
-    op: str, x: torch.Tensor, y: torch.Tensor, bounds: Bounds
+    x: torch.Tensor, y: torch.Tensor, bounds: Bounds, before: float
 ) -> tuple[float, float, int, str]:
     """Return error, bound, the worst row, and what the error is."""
     if x.shape != y.shape:
         return float("inf"), 0.0, 0, f"shape {list(y.shape)}, was {list(x.shape)}"
     if not x.numel():
         return 0.0, bounds.op, 0, "relative error"
-    if x.dtype.is_floating_point and x.dtype.itemsize > 1:
+    if x.dtype.is_floating_point and x.dtype != torch.float8_e8m0fnu:
         error = relative_error(x.reshape(len(x), -1), y.reshape(len(y), -1))
-        return _typical(error, bounds), bounds.op, int(error.argmax()), "relative error"
-    other = (_bytes(x) != _bytes(y)).view(len(x), -1)
-    # A row's ids are chosen together; bytes are rounded each by itself.
-    rows = other.any(-1).double() if op in OPS and _is_choice(x) else other.double().mean(-1)
-    return float(rows.mean()), bounds.other_rows, int(rows.argmax()), "fraction that differs"
+        # Single flips move the worst row of a rounded run, and hardly the mean.
+        typical = error.max() if bounds.other_rows == 0 else error.clamp_max(2.0).mean()
+        bound = max(bounds.op, bounds.jump * before)
+        return float(typical), bound, int(error.argmax()), "relative error"
+    other = (_plain(x) != _plain(y)).view(len(x), -1)
+    # A row's ids are chosen together; packed values and scales are rounded each by itself.
+    is_choice = x.dtype in (torch.int32, torch.int64)
+    rows = other.any(-1).double() if is_choice else other.double().mean(-1)
+    bound = max(bounds.other_rows, bounds.jump * before)
+    return float(rows.mean()), bound, int(rows.argmax()), "fraction that differs"
 
 
-def _typical(error: torch.Tensor, bounds: Bounds) -> float:
-    """The worst row where nothing is rounded; else the mean, which single flips do not move."""
-    return float(error.max()) if bounds.other_rows == 0 else float(error.clamp_max(2.0).mean())
-
-
-def _is_choice(x: torch.Tensor) -> bool:
-    return x.dtype in (torch.int32, torch.int64)
-
-
-def _bytes(x: torch.Tensor) -> torch.Tensor:
+def _plain(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8) if x.dtype.itemsize == 1 else x

@@ -27,17 +27,21 @@ class Bounds:
     Attributes:
         median, worst: of the logits' relative error over all positions.
         op: of one operator's output.
+        jump: times an operator's error may exceed the largest before it, however large.
         other_rows: fraction of rows in which ids or bytes may differ.
     """
 
     median: float
     worst: float
     op: float
+    jump: float
     other_rows: float
 
 
-EXACT = Bounds(median=1e-4, worst=1e-3, op=1e-3, other_rows=0.0)
-ROUNDED = Bounds(median=0.05, worst=2.0, op=0.05, other_rows=0.1)
+EXACT = Bounds(median=1e-4, worst=1e-3, op=1e-3, jump=0.0, other_rows=0.0)
+# A tiny model with random weights, in bf16 with simulation, amplifies roundings to a median
+# of 0.12 between backends that agree to 1e-6 without; trained weights amplify less.
+ROUNDED = Bounds(median=0.25, worst=2.0, op=0.05, jump=10.0, other_rows=0.1)
 
 
 class Record:

@@ -22,6 +22,8 @@ from v4_ascend.ops import use_policy
 from v4_ascend.ops.op import Op
 from v4_ascend.ops.records import load_slots
 
+PAIRS = {"moe_dispatch": 3, "moe_permute": 2}  # the output that numbers (token, choice) pairs
+
 
 class Trace:
     """Collects tensors of one sequence's steps."""
@@ -57,6 +59,10 @@ def _visible(op: Op[..., Any], arguments: dict[str, Any], result: Any) -> list[t
         return [load_slots(result, arguments["record"], slots[slots >= 0])]
     result = op.canonical(result)
     outputs = list(result) if isinstance(result, tuple) else [result]
+    if op.name in PAIRS:
+        # Which of a token's choices a row is depends on their order, which is open.
+        which = PAIRS[op.name]
+        outputs[which] = outputs[which] // arguments["ids"].shape[1]
     if op.name == "compress_kv":
         outputs[1] = outputs[1][arguments["state_slots"]]
     return outputs

@@ -1,0 +1,43 @@
+"""CUDA: our Triton kernels, and plain torch for what only moves rows or draws tokens.
+
+Under TRITON_INTERPRET=1 the same kernels run step by step on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from v4_ascend.backends.backend import Backend, Proof
+from v4_ascend.backends.cuda import kernels as kernels
+
+
+def _is_interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'v4-ascend[cuda]')"
+    if not _is_interpreting() and not torch.cuda.is_available():
+        return (
+            "torch sees no CUDA device (see nvidia-smi, CUDA_VISIBLE_DEVICES); "
+            "TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+        )
+    return None
+
+
+def _proof() -> Proof:
+    return "interpreted" if _is_interpreting() else "executed"
+
+
+CUDA = Backend(
+    name="cuda",
+    device=lambda: "cpu" if _is_interpreting() else "cuda",
+    why_unavailable=_why_unavailable,
+    proof=_proof,
+)
+
+__all__ = ["CUDA"]

@@ -1,0 +1,38 @@
+"""Registers launch functions of `backends.triton` by name: triton is imported at the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from v4_ascend.ops.op import Op
+
+
+@cache
+def load(module: str, name: str) -> Callable[..., Any]:
+    """Import a launch function, the interpreter mended first."""
+    from v4_ascend.backends.triton.interpreter import mend
+
+    mend()
+    launch: Callable[..., Any] = getattr(import_module(f"v4_ascend.backends.triton.{module}"), name)
+    return launch
+
+
+def register(
+    op: Op[..., Any],
+    module: str,
+    why_not: Callable[..., str | None] | None = None,
+    *,
+    backend: str = "cuda",
+) -> None:
+    """Let `op` run ``backends.triton.MODULE.OP``."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return load(module, op.name)(*args, **kwargs)
+
+    kernel.__name__ = f"triton_{op.name}"
+    kernel.__doc__ = f"Launch backends.triton.{module}.{op.name}."
+    kernel.__signature__ = op.signature  # type: ignore[attr-defined]  # inspect honours it
+    op.kernel(backend, provider="triton", why_not=why_not)(kernel)

@@ -1,0 +1,75 @@
+"""Mend Triton's CPU interpreter where it computes wrong numbers or stops.
+
+Without TRITON_INTERPRET nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+
+
+def is_interpreting() -> bool:
+    """Whether kernels run step by step on the CPU in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def mend() -> None:
+    """Mend bf16 products and casts, and loop bounds, once, if this process interprets."""
+    if not is_interpreting():
+        return
+    from triton.runtime import interpreter
+
+    _widen_products(interpreter)
+    _round_casts(interpreter)
+    _accept_bounds(interpreter)
+
+
+def _widen_products(interpreter: Any) -> None:
+    """Let tl.dot multiply bf16 values; it multiplies their raw 16 bits.
+
+    Widening is what hardware does: products of bf16 are exact in fp32.
+    """
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _round_casts(interpreter: Any) -> None:
+    """Round fp32 to the nearest bf16, ties to even, as hardware does; it cuts the bits off."""
+    original = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return original(self, src, dst_type)
+        bits = src.data.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        kept = np.where(np.isnan(src.data), bits >> 16, rounded)
+        return interpreter.TensorHandle(kept.astype(np.uint16), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+def _accept_bounds(interpreter: Any) -> None:
+    """Let a kernel's scalar bound a loop; numpy 2.4 refuses to convert an array of one element."""
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch

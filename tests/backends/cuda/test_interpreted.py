@@ -1,0 +1,44 @@
+"""Every Triton kernel under Triton's CPU interpreter, on every case of its operator."""
+
+import pytest
+
+from v4_ascend.backends import BACKENDS
+from v4_ascend.ops import OPS
+from v4_ascend.runtime.verify import Selection, verify
+
+CUDA = BACKENDS["cuda"]
+# At real widths the interpreter takes minutes for attention and products; these take seconds.
+WIDE = (
+    "act_quant fp4_act_quant rms_norm head_rms_norm hc_post topk_gate hash_gate swiglu store_rows"
+)
+
+
+@pytest.fixture(autouse=True)
+def _interpret(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def _all_pass(selection):
+    results = list(verify(CUDA, selection, lambda done, total: None))
+    assert [f"{r.kernel} {r.case}: {r.why}" for r in results if r.outcome == "failed"] == []
+    kernels = {k.name for k in OPS[selection.op].kernels["cuda"]}
+    assert kernels == {r.kernel for r in results if r.outcome == "passed"}, "refuses every case"
+    assert {r.proof for r in results} == {"interpreted"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_are_the_reference(op):
+    _all_pass(Selection(op))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["flash", "pro"])
+@pytest.mark.parametrize("op", WIDE.split())
+def test_kernels_are_the_reference_at_real_widths(op, model):
+    _all_pass(Selection(op, None, model))
+
+
+def test_without_a_device_it_says_so(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "torch sees no CUDA device" in CUDA.why_unavailable()
+    assert CUDA.device() == "cuda"
