@@ -5,8 +5,18 @@ import torch
 
 from v4_ascend.emulation.chips import CHIPS
 from v4_ascend.emulation.stand_in import _running_on
-from v4_ascend.emulation.vendor import attention, cache, compressor, gate, gemm, metadata
-from v4_ascend.emulation.vendor import hyper_connection, indexer, norm, routing
+from v4_ascend.emulation.vendor import (
+    attention,
+    cache,
+    compressor,
+    gate,
+    gemm,
+    hyper_connection,
+    indexer,
+    metadata,
+    norm,
+    routing,
+)
 from v4_ascend.ops.compress_kv import compress_kv
 from v4_ascend.ops.gate import hash_gate, topk_gate
 from v4_ascend.ops.hyper_connection import hc_post, hc_pre
