@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-ENVIRONMENTS := mindspore triton-ascend
+ENVIRONMENTS := npu mindspore triton-ascend
 
 .PHONY: install demo test check verify-emulated clean
 

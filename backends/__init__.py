@@ -4,13 +4,14 @@ Importing a backend registers its kernels and needs no device and no vendor libr
 running one does.
 """
 
+from v4_ascend.backends.ascend import ASCEND
 from v4_ascend.backends.backend import Backend, Proof
 from v4_ascend.backends.cpu import CPU
 from v4_ascend.backends.cuda import CUDA
 from v4_ascend.backends.mindspore import MINDSPORE
 from v4_ascend.errors import ConfigError
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, CUDA, MINDSPORE)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, ASCEND, CUDA, MINDSPORE)}
 
 __all__ = ["BACKENDS", "Backend", "Proof", "find_backend"]
 

@@ -44,12 +44,16 @@ def _inputs(
     positions[: len(done)] = torch.tensor(done, dtype=torch.int64)
     cos, sin = rope_table(positions, rope_freqs(min(64, head_dim // 2), 160000.0))
     weight = partial(torch.randn, generator=g)
+
+    def stored(x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().float()  # checkpoints have these in bf16
+
     return {
         "x": weight(int(new.sum()), dim).to(dtype),
-        "wkv": weight(coff * head_dim, dim) * dim**-0.5,
-        "wgate": weight(coff * head_dim, dim) * dim**-0.5,
+        "wkv": stored(weight(coff * head_dim, dim) * dim**-0.5),
+        "wgate": stored(weight(coff * head_dim, dim) * dim**-0.5),
         "ape": weight(ratio, coff * head_dim),
-        "norm_weight": weight(head_dim),
+        "norm_weight": stored(weight(head_dim)),
         "cos": cos,
         "sin": sin,
         "state": weight(len(lengths) + 1, state_rows(ratio, coff == 2), 2 * coff * head_dim),

@@ -37,6 +37,7 @@ def _inputs(
     window_size: int,
     record: str,
     dtype: torch.dtype,
+    block_rows: int | None = None,
 ) -> dict[str, Any]:
     seq_lens = torch.tensor([p + n for p, n in lengths], dtype=torch.int32)
     new = torch.tensor([n for _, n in lengths])
@@ -46,7 +47,9 @@ def _inputs(
     compressed = table = indices = None
     if ratio:
         n_rows = longest // ratio
-        compressed, table = _paged(g, len(lengths), n_rows, 128 // ratio, head_dim, record)
+        compressed, table = _paged(
+            g, len(lengths), n_rows, block_rows or 128 // ratio, head_dim, record
+        )
         if topk is not None:
             indices = torch.rand(n_tokens, n_rows, generator=g).argsort(-1)[:, :topk].int()
             _, position = locate(seq_lens, cu_seqlens)
@@ -90,7 +93,12 @@ def _cases() -> Iterator[Case]:
                 yield Case(f"{record}-{kind}-{name}", make)
     for record in ("bf16", "fp8_584", "fp8_640"):
         for model, n_heads, topk in (("flash", 64, 512), ("pro", 128, 1024)):
-            for kind, ratio in (("csa", 4), ("hca", 128)):
+            for kind, ratio, block_rows in (
+                ("swa", 0, None),
+                ("csa", 4, None),
+                ("hca", 128, None),
+                ("hca-pages32", 128, 32),  # what the vendors' kernels can address
+            ):
                 wide: dict[str, Any] = {
                     "n_heads": n_heads,
                     "head_dim": 512,
@@ -103,6 +111,7 @@ def _cases() -> Iterator[Case]:
                     ratio=ratio,
                     topk=topk if ratio == 4 else None,
                     dtype=torch.bfloat16,
+                    block_rows=block_rows,
                     **wide,
                 )
                 yield Case(f"{record}-{model}-{kind}", make, models=(model,))

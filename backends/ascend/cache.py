@@ -1,0 +1,98 @@
+"""Writing rows of the paged caches."""
+
+from __future__ import annotations
+
+import torch
+
+from v4_ascend.backends.ascend.custom_ops import c_ascend
+from v4_ascend.ops import store_rows
+from v4_ascend.ops.formats import FP8
+from v4_ascend.ops.records import KV_DIM, KV_GROUP
+
+PAGE_STEP, MAX_PAGE = 16, 1024  # rows of a page the vendor's kernels read
+
+
+def why_no_page(name: str, storage: torch.Tensor) -> str | None:
+    """Refuse pages that the kernels reading them cannot address."""
+    rows = storage.shape[1]
+    if rows % PAGE_STEP or not 0 < rows <= MAX_PAGE:
+        return (
+            f"{name} has pages of {rows} rows, must be a multiple of {PAGE_STEP} up to {MAX_PAGE}"
+        )
+    return None
+
+
+def _why_no_epilog(want: str, record: str, rows: torch.Tensor) -> str | None:
+    if record != want:
+        return f"the record is {record}, it writes {want}"
+    if rows.dtype != torch.bfloat16:
+        return f"rows are {rows.dtype}, must be bf16"
+    return None
+
+
+def _why_no_kv(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> str | None:
+    return _why_no_epilog("fp8_640", record, rows)
+
+
+@store_rows.kernel("ascend", provider="_C_ascend", why_not=_why_no_kv)
+def kv_compress_epilog(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> torch.Tensor:
+    """Quantise and write fp8 rows of 640 bytes in one call; negative slots are skipped."""
+    if len(rows):
+        c_ascend("kv_compress_epilog")(
+            kv_compress_cache=storage.view(FP8).view(-1, 1, storage.shape[-1]),
+            x=rows.contiguous(),
+            slot_mapping=slot_mapping.int(),
+            quant_group_size=KV_GROUP,
+            quant_mode=2,
+            round_scale_flag=True,
+            layout=1,
+        )
+    return storage
+
+
+def _why_no_index(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> str | None:
+    return _why_no_epilog("fp8_132", record, rows) or why_no_page("storage", storage)
+
+
+@store_rows.kernel("ascend", provider="_C_ascend", why_not=_why_no_index)
+def indexer_compress_epilog(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> torch.Tensor:
+    """Quantise and write the indexer's fp8 keys, a page's scales behind its keys."""
+    if len(rows):
+        c_ascend("indexer_compress_epilog_v2")(
+            indexer_compress_cache=storage.unsqueeze(2),
+            x=rows.contiguous(),
+            slot_mapping=slot_mapping.int(),
+            layout=2,
+        )
+    return storage
+
+
+def _why_no_scatter(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> str | None:
+    if record != "bf16":
+        return f"the record is {record}, it writes bf16"
+    if rows.shape[-1] != KV_DIM:
+        return f"rows have {rows.shape[-1]} channels, must be {KV_DIM}"
+    return None
+
+
+@store_rows.kernel("ascend", provider="_C_ascend", why_not=_why_no_scatter)
+def scatter_nd_update(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> torch.Tensor:
+    """Write bf16 rows at [block, offset]; [-1, last] is the row before the first: skipped."""
+    if len(rows):
+        block_rows = storage.shape[1]
+        slots = slot_mapping.int()
+        at = torch.stack((slots.div(block_rows, rounding_mode="floor"), slots % block_rows), dim=-1)
+        c_ascend("npu_scatter_nd_update_v2")(storage, at, rows.to(storage.dtype).contiguous())
+    return storage

@@ -1,0 +1,47 @@
+"""The references themselves, on the device: what torch_npu runs without any V4 kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from v4_ascend.backends.ascend.soc import NARROW_CHIPS, current_chip
+from v4_ascend.ops import OPS
+from v4_ascend.ops.op import Op
+
+MAKES_NARROW = ("act_quant", "fp4_act_quant")  # fp8 values or e8m0 scales come out
+NARROW_RECORDS = ("fp8", "fp4")
+
+
+def _is_narrow(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype).startswith("torch.float8")
+    return isinstance(value, str) and value.startswith(NARROW_RECORDS)
+
+
+def _register(op: Op[..., Any]) -> None:
+    def why_not(*args: Any, **kwargs: Any) -> str | None:
+        chip = current_chip()
+        if chip in NARROW_CHIPS:
+            return None
+        values = op.signature.bind(*args, **kwargs).arguments
+        narrow = [name for name, value in values.items() if _is_narrow(value)]
+        if op.name in MAKES_NARROW:
+            narrow.append("the result")
+        if not narrow:
+            return None
+        return (
+            f"{', '.join(narrow)}: {chip} has no fp8 and no fp4 (int8 weights: v4-ascend convert)"
+        )
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return op.reference(*args, **kwargs)
+
+    plain.__doc__ = f"Run the reference of {op.name} on the npu device."
+    plain.__signature__ = op.signature  # type: ignore[attr-defined]  # inspect honours it
+    op.kernel("ascend", provider="torch", why_not=why_not)(plain)
+
+
+for _op in OPS.values():
+    _register(_op)

@@ -1,0 +1,43 @@
+"""What is made once of a tensor and used by every call that gets the same tensor again.
+
+Weights have the layouts their kernels want; a step's lengths have the vendor's scheduling
+tables. Both go when the tensor they belong to goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
+_made: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def keep(tensor: torch.Tensor, what: str, value: Any) -> None:
+    """Remember `value` as long as this very tensor lives; it must not hold the tensor."""
+    _made.setdefault(tensor, {})[what] = value
+
+
+def has(tensor: torch.Tensor, what: str) -> bool:
+    """Whether `what` was made of this very tensor."""
+    return what in _made.get(tensor, {})
+
+
+def get(tensor: torch.Tensor, what: str) -> Any:
+    """Return what was made of this very tensor."""
+    return _made[tensor][what]
+
+
+def once(tensor: torch.Tensor, what: object, make: Callable[[], T]) -> T:
+    """Return what was made of this very tensor before, or make it now.
+
+    A tensor that is written to in place between two calls keeps what was made first: lengths
+    of a step are new tensors in every step.
+    """
+    made: dict[object, T] = _made.setdefault(tensor, {})
+    if what not in made:
+        made[what] = make()
+    return made[what]
