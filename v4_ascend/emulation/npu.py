@@ -8,7 +8,6 @@ import io
 import os
 import warnings
 
-from v4_ascend.emulation import acl
 from v4_ascend.emulation.chips import Chip, chip
 from v4_ascend.errors import V4AscendError
 
@@ -41,6 +40,8 @@ def install(soc: str = "950dt", devices: int = 1, memory_gib: float | None = Non
                 f"and cannot become {devices} x {soc}: torch_npu loads once"
             )
         return wanted[0]
+    from v4_ascend.emulation import acl  # which needs `environment`, a command of its own
+
     # torch imports torch_npu by itself otherwise, and before its libraries are there.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     gib = wanted[0].memory_gib if memory_gib is None else memory_gib
