@@ -24,6 +24,7 @@ def _score_inputs(
     head_dim: int,
     record: str,
     dtype: torch.dtype,
+    active: int | None = None,
 ) -> dict[str, Any]:
     ratio, block_rows = 4, 32
     seq_lens = torch.tensor([p + n for p, n in lengths], dtype=torch.int32)
@@ -37,6 +38,8 @@ def _score_inputs(
     n_tokens = int(new.sum())
     q = torch.randint(-2, 3, (n_tokens, n_heads, head_dim), generator=g) / 4
     weights = torch.randint(-2, 5, (n_tokens, n_heads), generator=g) / 4
+    if active is not None:
+        weights = (torch.rand(n_tokens, n_heads, generator=g).argsort(-1) < active).float()
     return {
         "q": q.to(dtype),
         "weights": weights.to(dtype),
@@ -177,9 +180,12 @@ def _select_inputs(g: torch.Generator, topk: int, make: Any) -> dict[str, Any]:
 def _select_cases() -> Iterator[Case]:
     for case in _score_cases():
         topk = 512 if case.slow else 8
-        yield Case(
-            f"{case.id}-top{topk}", partial(_select_inputs, topk=topk, make=case.make), case.models
-        )
+        make = case.make
+        if case.id.startswith(("fp8_132", "int8")):
+            # So few heads count that no sum is rounded: a kernel that keeps fp32 inside then
+            # sees the order, and the ties, of one that computes in bf16.
+            make = partial(make, active=1 if case.id.startswith("int8") else 2)
+        yield Case(f"{case.id}-top{topk}", partial(_select_inputs, topk=topk, make=make), case.models)
 
 
 @op(cases=_select_cases, tolerance={}, canonical=_sorted_ids)

@@ -7,7 +7,7 @@ import torch
 from v4_ascend.backends.ascend.custom_ops import c_ascend
 from v4_ascend.ops import store_rows
 from v4_ascend.ops.formats import FP8
-from v4_ascend.ops.records import KV_DIM, KV_GROUP
+from v4_ascend.ops.records import KV_GROUP, RECORDS
 
 PAGE_STEP, MAX_PAGE = 16, 1024  # rows of a page the vendor's kernels read
 SERVED_PAGE = 32  # the smallest that vllm-ascend serves with
@@ -79,10 +79,8 @@ def indexer_compress_epilog(
 def _why_no_scatter(
     storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
 ) -> str | None:
-    if record != "bf16":
-        return f"the record is {record}, it writes bf16"
-    if rows.shape[-1] != KV_DIM:
-        return f"rows have {rows.shape[-1]} channels, must be {KV_DIM}"
+    if record not in ("bf16", "int8"):
+        return f"the record is {record}, it writes bf16 and int8"
     return None
 
 
@@ -90,10 +88,21 @@ def _why_no_scatter(
 def scatter_nd_update(
     storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
 ) -> torch.Tensor:
-    """Write bf16 rows at [block, offset]; [-1, last] is the row before the first: skipped."""
-    if len(rows):
-        block_rows = storage.shape[1]
-        slots = slot_mapping.int()
-        at = torch.stack((slots.div(block_rows, rounding_mode="floor"), slots % block_rows), dim=-1)
-        c_ascend("npu_scatter_nd_update_v2")(storage, at, rows.to(storage.dtype).contiguous())
+    """Write rows at [block, offset]; [-1, last] is the row before the first: skipped.
+
+    int8 rows are encoded by torch; their values and their scales are written one after the
+    other, to views of the page they share.
+    """
+    if not len(rows):
+        return storage
+    block_rows, slots = storage.shape[1], slot_mapping.int()
+    at = torch.stack((slots.div(block_rows, rounding_mode="floor"), slots % block_rows), dim=-1)
+    scatter, fmt = c_ascend("npu_scatter_nd_update_v2"), RECORDS[record]
+    if fmt.encode is None:
+        scatter(storage, at, rows.to(storage.dtype).contiguous())
+        return storage
+    parts = fmt.encode(rows).split((fmt.data_bytes, fmt.tail_bytes), dim=-1)
+    dtypes = (torch.int8, torch.float16)
+    for region, part, dtype in zip(fmt.regions(storage), parts, dtypes, strict=True):
+        scatter(region.view(dtype), at, part.contiguous().view(dtype))
     return storage

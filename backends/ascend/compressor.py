@@ -13,7 +13,7 @@ from v4_ascend.ops.ragged import max_new_rows
 
 KINDS = ((512, 2, 4), (128, 2, 4), (512, 1, 128))  # head_dim, coff, ratio: CSA, indexer, HCA
 ROPE_DIM, INTERLEAVE, CONTIGUOUS = 64, 2, 1
-BLOCK_ROWS = 8  # of the scratch the kernel keeps state in
+MAX_BLOCK = 16  # rows of a state block: 16 for HCA as served on 950, all 8 there are for CSA
 BF16 = "bf16"  # of weights and norm: their values as bf16, which they were stored in
 
 
@@ -93,12 +93,13 @@ def _paging(
     start = torch.minimum(begin, begin % ratio + rows - ratio)
     moved = begin - start
     end = start + counts
-    read = rows // BLOCK_ROWS
+    size = min(rows, MAX_BLOCK)
+    read = rows // size
     own = 2 * read + 1
-    block = torch.arange(-(-(rows + n_tokens) // BLOCK_ROWS), device=seq_lens.device)
+    block = torch.arange(-(-(rows + n_tokens) // size), device=seq_lens.device)
     request = torch.arange(len(stop), device=seq_lens.device).unsqueeze(1)
     # Kept rows lie in `read` + 1 blocks at most, from this one on.
-    kept = ((end - rows).clamp_min(0) // BLOCK_ROWS).clamp_min(read).unsqueeze(1)
+    kept = ((end - rows).clamp_min(0) // size).clamp_min(read).unsqueeze(1)
     is_kept = (block >= kept) & (block <= kept + read)
     local = torch.where(block < read, block, read + block - kept)
     table = torch.where((block < read) | is_kept, 1 + request * own + local, 0)
@@ -106,12 +107,12 @@ def _paging(
     token = end.unsqueeze(1) - 1 - row
     is_new = token >= start.unsqueeze(1)
     token = token.clamp_min(0)
-    save = table.gather(1, (token // BLOCK_ROWS).clamp_max(len(block) - 1)) * BLOCK_ROWS
+    save = table.gather(1, (token // size).clamp_max(len(block) - 1)) * size
     return _Paging(
         start=start.int(),
         table=table.int(),
         load=(row + moved.unsqueeze(1)) % rows,
-        save=save + token % BLOCK_ROWS,
+        save=save + token % size,
         into=(token + moved.unsqueeze(1)) % rows,
         is_new=is_new,
         n_done=(stop // ratio - begin // ratio).sum(),
@@ -146,10 +147,11 @@ def compressor(
         ("compressor", compress_ratio, rows),
         lambda: _paging(seq_lens, cu_seqlens, x.shape[0], compress_ratio, rows),
     )
-    read = rows // BLOCK_ROWS
-    scratch = state.new_zeros(1 + batch * (2 * read + 1), BLOCK_ROWS, width)
-    own = scratch[1:].view(batch, 2 * read + 1, BLOCK_ROWS, width)
-    own[:, :read] = state[state_slots.unsqueeze(1), at.load].unflatten(1, (read, BLOCK_ROWS))
+    size = min(rows, MAX_BLOCK)
+    read = rows // size
+    scratch = state.new_zeros(1 + batch * (2 * read + 1), size, width)
+    own = scratch[1:].view(batch, 2 * read + 1, size, width)
+    own[:, :read] = state[state_slots.unsqueeze(1), at.load].unflatten(1, (read, size))
     norm = norm_weight if _wants_fp32_norm() else prepared.get(norm_weight, BF16)
     no_turn = x.new_ones(cos.shape[0], ROPE_DIM)
     out = c_ascend("compressor")(

@@ -10,11 +10,12 @@ from v4_ascend.backends.ascend.cache import why_no_page
 from v4_ascend.backends.ascend.custom_ops import c_ascend
 from v4_ascend.ops import RECORDS, index_select
 from v4_ascend.ops.act_quant import act_quant
-from v4_ascend.ops.formats import FP8, scale_to_float
+from v4_ascend.ops.formats import FP8, ceil_to_e8m0, scale_to_float
 from v4_ascend.ops.records import INDEX_DIM, INT8_MAX
 
 NAME = "npu_vllm_quant_lightning_indexer"
 HEADS, MAX_TOPK = 64, 2048
+LEAST_SCALE = 2.0**-14  # normal in fp16, which holds weights times it
 
 
 def _why_not(
@@ -108,15 +109,19 @@ def lightning_indexer_int8(
     compress_ratio: int,
     topk: int,
 ) -> torch.Tensor:
-    """Choose by int8 queries and keys, scales in fp16 as the kernel holds them."""
+    """Choose by int8 queries and keys, scales in fp16 as the kernel holds them.
+
+    A query's scale is a power of two: values of the FP4 grid, which queries are on, then stay
+    what they are while the scales of a head's groups are within 8 of each other.
+    """
     if not q.shape[0]:
         return _none(q, seq_lens, compress_ratio, topk)
     wide = q.float()
-    scale = (wide.abs().amax(-1) / INT8_MAX).half().clamp_min(2**-24)
-    values = (wide / scale.float().unsqueeze(-1)).round().clamp(-INT8_MAX, INT8_MAX)
+    scale = scale_to_float(ceil_to_e8m0(wide.abs().amax(-1) / INT8_MAX)).clamp_min(LEAST_SCALE)
+    values = (wide / scale.unsqueeze(-1)).round()
     keys, scales = RECORDS[record].regions(storage)
     return _select(
-        (values.to(torch.int8), scale),
+        (values.to(torch.int8), scale.half()),
         weights.half(),
         (keys.view(torch.int8), scales.view(torch.float16)),
         block_table,

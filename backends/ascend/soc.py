@@ -72,7 +72,7 @@ TABLE = (
     ),
     _custom(
         "store_rows", (A2, A3), "scatter_nd_update", "npu_scatter_nd_update_v2",
-        "record bf16, rows of 512",
+        "records bf16 and int8",
     ),
     _custom(
         "sparse_attn", (A5,), "kv_quant_sparse_attn_sharedkv", "npu_kv_quant_sparse_attn_sharedkv",
