@@ -1,0 +1,81 @@
+"""Does one thing on one emulated chip, in a process of its own: torch_npu loads once.
+
+    python run_on_chip.py kernels CHIP SHAPES OUT
+    python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL
+
+OUT is JSON: for kernels a list of results, for record the calls of vendor operators; the
+record itself lies beside it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from oracles import wanted
+
+from v4_ascend.backends import BACKENDS
+from v4_ascend.backends.ascend import soc
+from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.emulation import calls, install, reset_calls
+from v4_ascend.ops import OPS, use_policy
+from v4_ascend.ops.check import assert_close
+from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
+
+ASCEND = BACKENDS["ascend"]
+
+
+def _on_npu(inputs):
+    return {k: v.to("npu") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _outputs(op, inputs, result):
+    result = op.canonical(result)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    return tuple(o.cpu() for o in [*outputs, *(inputs[name] for name in op.mutates)])
+
+
+def _run(op, case, kernel):
+    """One kernel on one case: its refusal, or the vendor's calls it made and its error."""
+    inputs = _on_npu(op.inputs(case))
+    op.prepare_inputs(inputs)
+    why = kernel.why_not(**inputs)
+    found = {"op": op.name, "kernel": kernel.name, "case": case.id, "refused": why, "error": None}
+    if why is not None:
+        return found
+    reset_calls()
+    try:
+        got = _outputs(op, inputs, kernel.fn(**inputs))
+        assert_close(got, wanted(op, case, kernel.provider), op.tolerance)
+    except Exception as e:  # noqa: BLE001  # the test that asked wants to see every failure
+        found["error"] = f"{type(e).__name__}: {e}"
+    return found | {"calls": [*calls("_C_ascend"), *calls("npu")]}
+
+
+def kernels(chip, shapes, out):
+    """Every kernel of the chip on every case of a size."""
+    results = []
+    with torch.inference_mode(), use_policy(backend="ascend", kernels="fast"):
+        for op in OPS.values():
+            cases = [c for c in op.cases() if (shapes in c.models if shapes != "tiny" else not c.models)]
+            for kernel in op.tried("ascend"):
+                results += [_run(op, case, kernel) for case in cases]
+    Path(out).write_text(json.dumps({"chip": soc.current_chip(), "results": results}))
+
+
+def record_logits(chip, out, folder, ids, prefill):
+    """A parity record of a checkpoint, and what the vendor's operators were called."""
+    checkpoint = Checkpoint(Path(folder))
+    tokens = read_input_ids(Path(ids), checkpoint.config.vocab_size)
+    how = Recording(prefill=int(prefill), dtype="bf16", backend="ascend", trace=False)
+    reset_calls()
+    tensors, metadata = record(checkpoint, tokens, how, lambda done, total: None)
+    write_record(Path(out).with_suffix(".safetensors"), tensors, metadata)
+    Path(out).write_text(json.dumps(calls("_C_ascend") | calls("npu")))
+
+
+if __name__ == "__main__":
+    what, chip, *rest = sys.argv[1:]
+    install(chip)
+    ASCEND.use_chip(None)  # what the emulated device says it is
+    {"kernels": kernels, "record": record_logits}[what](chip, *rest)
