@@ -150,7 +150,6 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
         ("emulate=true", "emulate: not yet"),
         ("serve.n_draft_tokens=1", "serve.n_draft_tokens: not yet"),
         ("layout={dp_size: 2}", "layout: not yet"),
-        ("cluster.device=cpu-emulated-npu", "cluster.device: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
         ("cluster.pools=[{role: decode, supernodes: [a]}]", "cluster.pools: not yet"),
         ("model.reference=r.safetensors", "model.reference: not yet"),

@@ -58,7 +58,8 @@ def deploy_command(
     from v4_ascend.backends import find_backend
     from v4_ascend.deploy.local import LocalDeployment
 
-    find_backend(plan.backend, "runtime.backend").require()
+    if not plan.emulated:
+        find_backend(plan.backend, "runtime.backend").require()
     LocalDeployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from v4_ascend.cli.emulate import emulate_npu
 from v4_ascend.errors import ConfigError, ParityError
 
 
@@ -68,10 +69,13 @@ def verify_command(
     case: Annotated[str | None, typer.Option(help="part of the cases' names")] = None,
     shapes: Annotated[Shapes, typer.Option(help="whose widths")] = Shapes.tiny,
     soc: Annotated[str | None, typer.Option(help="a chip; default: the one here")] = None,
+    emulate: Annotated[bool, typer.Option("--emulate", help="an NPU in host memory")] = False,
     report: Annotated[Path | None, typer.Option(help="folder for HTML, JSON and JUnit")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Run every kernel against its reference on this machine; exit 5 if one differs."""
+    if emulate:
+        emulate_npu(backend or "", soc)
     from v4_ascend.backends import BACKENDS, find_backend
     from v4_ascend.cli.operator_tables import print_results
     from v4_ascend.cli.progress import reporter

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from v4_ascend.cli.emulate import emulate_npu
 from v4_ascend.errors import ConfigError, ParityError
 
 parity = typer.Typer(no_args_is_help=True, help="Record what a model computes, to compare it.")
@@ -66,9 +67,12 @@ def record_command(
     soc: Annotated[str | None, typer.Option(help="default: the chip that is here")] = None,
     kernels: Annotated[Kernels | None, typer.Option(help="cpu: reference, else fast")] = None,
     fallback: Annotated[Fallback, typer.Option(help="what a refused call does")] = Fallback.error,
+    emulate: Annotated[bool, typer.Option("--emulate", help="an NPU in host memory")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="keep all outputs too")] = False,
 ) -> None:
     """Run given tokens, teacher-forced, and write the logits of every position."""
+    if emulate:
+        emulate_npu(backend, soc)
     from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.reader import Checkpoint
     from v4_ascend.cli.progress import reporter

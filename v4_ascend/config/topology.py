@@ -212,10 +212,8 @@ def require_supported(topology: Topology) -> None:
         NotYetError: where the first such key is given.
     """
     t = topology
-    device = device_profile(t.cluster.device, t.where("cluster.device"))
     for key, is_asked, today in (
         ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
-        ("cluster.device", device.emulated, "a device that is here"),
         ("cluster.supernodes", t.cluster.n_devices != 1, "one device"),
         ("layout", t.layout != "auto" and t.layout.world_size != 1, "one rank"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),

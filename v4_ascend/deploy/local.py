@@ -15,6 +15,7 @@ import httpx
 
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
+from v4_ascend.emulation.environment import environment
 from v4_ascend.errors import DeadlineError, DeployError
 from v4_ascend.runtime.front import DRAIN_SECONDS
 from v4_ascend.supernode.plan import Plan
@@ -51,7 +52,7 @@ class LocalDeployment:
             self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front"])
             self._wait_for_link(timeout_s)
             if not self._signals:
-                self._start("ranks", _torchrun())
+                self._start("ranks", *_torchrun(self.plan))
                 self._announce()
             self._wait_ready(timeout_s)
             while not self._signals:
@@ -64,13 +65,14 @@ class LocalDeployment:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _start(self, name: str, command: list[str], env: dict[str, str] | None = None) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 [*command, str(self.folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=env,
                 start_new_session=True,  # a Ctrl-C is ours to pass on
             )
 
@@ -155,9 +157,14 @@ class LocalDeployment:
             process.wait()
 
 
-def _torchrun() -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "1"),
+def _torchrun(plan: Plan) -> tuple[list[str], dict[str, str]]:
+    """Return the ranks' command and environment; emulated ones run where torch_npu is."""
+    python, env = sys.executable, dict(os.environ)
+    if plan.emulated:
+        python, env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(environment("npu")), "0"
+    command = [
+        *(python, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "1"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "0"),
         *("-m", "v4_ascend.runtime.worker"),
     ]
+    return command, env

@@ -45,6 +45,8 @@ PINS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+LAYOUT = "2"  # changes when environments are built another way
+
 
 def cache_root() -> Path:
     """Return the folder of everything that can be made again."""
@@ -62,7 +64,7 @@ def environment(name: str) -> Path:
     if name not in PINS:
         raise ConfigError("environment", f"no {name!r}; there is {', '.join(PINS)}")
     below = sysconfig.get_paths()["purelib"]
-    lock = "\n".join((sys.version, below, *PINS[name]))
+    lock = "\n".join((LAYOUT, sys.version, below, *PINS[name]))
     digest = hashlib.sha256(lock.encode()).hexdigest()[:12]
     folder = cache_root() / "venvs" / f"{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,8 @@ def _build(name: str, folder: Path, below: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     here = next((folder / "lib").glob("python*")) / "site-packages"
-    (here / "below.pth").write_text(f"{below}\n", encoding="utf-8")
+    # Through site, so that an editable install below works here too.
+    (here / "below.pth").write_text(f"import site; site.addsitedir({below!r})\n", encoding="utf-8")
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--no-deps"]
     # pip sees the packages below too, and would take one there for the pinned one.
     install += ["--ignore-installed", *PINS[name]]
@@ -88,6 +91,13 @@ def _build(name: str, folder: Path, below: str) -> None:
     if done.returncode:
         raise V4AscendError(f"environment {name}: pip failed:\n{done.stderr[-2000:]}")
     (folder / "complete").touch()
+
+
+def reenter(name: str) -> None:
+    """Run this very command again in an environment, in place of this process."""
+    python = str(environment(name))
+    quiet = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    os.execve(python, [python, "-m", "v4_ascend", *sys.argv[1:]], quiet)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from v4_ascend import emulation
 from v4_ascend.errors import V4AscendError
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
@@ -29,6 +30,8 @@ def main() -> None:
     link.send(Hello(address.secret, os.getpid()))
     try:
         plan = Plan.read(state / "plan.json")
+        if plan.emulated:
+            emulation.install(plan.chip or "950dt")
         with use_policy(backend=plan.backend, kernels=plan.kernels, fallback=plan.fallback):
             _serve(link, plan)
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
