@@ -180,12 +180,13 @@ def _select_inputs(g: torch.Generator, topk: int, make: Any) -> dict[str, Any]:
 def _select_cases() -> Iterator[Case]:
     for case in _score_cases():
         topk = 512 if case.slow else 8
-        make = case.make
+        make: Any = case.make
         if case.id.startswith(("fp8_132", "int8")):
             # So few heads count that no sum is rounded: a kernel that keeps fp32 inside then
             # sees the order, and the ties, of one that computes in bf16.
             make = partial(make, active=1 if case.id.startswith("int8") else 2)
-        yield Case(f"{case.id}-top{topk}", partial(_select_inputs, topk=topk, make=make), case.models)
+        make = partial(_select_inputs, topk=topk, make=make)
+        yield Case(f"{case.id}-top{topk}", make, case.models)
 
 
 @op(cases=_select_cases, tolerance={}, canonical=_sorted_ids)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 A2, A3, A5 = "a2", "a3", "950"
 CHIPS = (A2, A3, A5)
 NARROW_CHIPS = (A5,)  # that compute in fp8 and fp4
+NARROW_OPS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm")  # need such a chip
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.
 NAMES = (
@@ -39,6 +40,7 @@ class Row:
     Attributes:
         kernel: the name it is registered by.
         vendor: namespace and name of the operator it calls.
+        beside: others it calls with it.
         limits: what its `why_not` refuses, in words.
         cann: the versions known to work.
     """
@@ -50,15 +52,19 @@ class Row:
     limits: str
     source: str
     cann: str
+    beside: tuple[str, ...] = ()
 
 
 V4_CANN = {A2: ">= 8.5.1", A3: ">= 8.5.1", A5: ">= 9.1.0"}
 _ALL, _OLD, _NEW = ">= 8.5.1; 950: >= 9.1.0", ">= 8.5.1", ">= 9.1.0"
 
 
-def _custom(op: str, chips: tuple[str, ...], kernel: str, name: str, limits: str) -> Row:
+def _custom(
+    op: str, chips: tuple[str, ...], kernel: str, name: str, limits: str, *beside: str
+) -> Row:
     cann = {CHIPS: _ALL, (A2, A3): _OLD, (A5,): _NEW}[chips]
-    return Row(op, chips, kernel, f"_C_ascend::{name}", limits, f"VA {name}", cann)
+    others = tuple(f"_C_ascend::{other}" for other in beside)
+    return Row(op, chips, kernel, f"_C_ascend::{name}", limits, f"VA {name}", cann, others)
 
 
 TABLE = (
@@ -77,22 +83,27 @@ TABLE = (
     _custom(
         "sparse_attn", (A5,), "kv_quant_sparse_attn_sharedkv", "npu_kv_quant_sparse_attn_sharedkv",
         "record fp8_640, 64 or 128 heads of 512, window 128, pages of 16 n rows, top 1024",
+        "npu_kv_quant_sparse_attn_sharedkv_metadata",
     ),
     _custom(
         "sparse_attn", (A2, A3), "sparse_attn_sharedkv", "npu_sparse_attn_sharedkv",
         "record bf16, 4 n heads of 512, pages of 16 n rows, top 1024",
+        "npu_sparse_attn_sharedkv_metadata",
     ),
     _custom(
         "index_select", (A5,), "lightning_indexer_fp8", "npu_vllm_quant_lightning_indexer",
         "record fp8_132, 64 heads of 128, top 2048, compress_ratio 1, 4 or 128",
+        "npu_vllm_quant_lightning_indexer_metadata",
     ),
     _custom(
         "index_select", (A2, A3), "lightning_indexer_int8", "npu_vllm_quant_lightning_indexer",
         "record int8, 64 heads of 128, top 2048; weights times scales must fit fp16",
+        "npu_vllm_quant_lightning_indexer_metadata",
     ),
     _custom(
         "compress_kv", CHIPS, "compressor", "compressor",
         "bf16, dim 512 n from 1024 to 10240, head_dim 512 or 128, weights that bf16 holds",
+        "inplace_partial_rotary_mul",
     ),
     _custom(
         "hc_pre", CHIPS, "fused_hc_pre", "npu_hc_pre_v2", "bf16, dim 4096 or 7168, 4 streams"
@@ -100,7 +111,8 @@ TABLE = (
     _custom("hc_post", CHIPS, "fused_hc_post", "npu_hc_post", "bf16, 4 streams, dim 16 n"),
     Row(
         "hc_pre", (A5,), "mhc_pre", "npu::npu_mhc_pre",
-        "bf16, 4 streams, dim 16 n up to 16384; with npu_mhc_sinkhorn", "OPD npu_mhc_pre", _NEW,
+        "bf16, 4 streams, dim 16 n up to 16384", "OPD npu_mhc_pre", _NEW,
+        ("npu::npu_mhc_sinkhorn",),
     ),
     Row(
         "hc_post", (A5,), "mhc_post", "npu::npu_mhc_post",
@@ -232,8 +244,15 @@ def plain_only(chip: str) -> list[str]:
     """Return the ops that have nothing but plain torch on a chip."""
     name = chip_named(chip)
     return [
-        op.name for op in OPS.values() if {k.provider for k in kernels_of(op, name)} == {"torch"}
+        op.name
+        for op in OPS.values()
+        if op.name not in absent(chip) and {k.provider for k in kernels_of(op, name)} == {"torch"}
     ]
+
+
+def absent(chip: str) -> tuple[str, ...]:
+    """Return the ops that a chip cannot run at all, for want of the number formats."""
+    return () if chip_named(chip) in NARROW_CHIPS else NARROW_OPS
 
 
 def use_chip(name: str | None) -> None:

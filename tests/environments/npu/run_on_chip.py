@@ -1,6 +1,6 @@
 """Does one thing on one emulated chip, in a process of its own: torch_npu loads once.
 
-    python run_on_chip.py kernels CHIP SHAPES OUT
+    python run_on_chip.py kernels CHIP OUT SHAPES
     python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL
 
 OUT is JSON: for kernels a list of results, for record the calls of vendor operators; the
@@ -52,18 +52,20 @@ def _run(op, case, kernel):
     return found | {"calls": [*calls("_C_ascend"), *calls("npu")]}
 
 
-def kernels(chip, shapes, out):
-    """Every kernel of the chip on every case of a size."""
+def kernels(out, shapes):
+    """Every kernel of the chip on every case of a size; references at tiny ones only."""
     results = []
     with torch.inference_mode(), use_policy(backend="ascend", kernels="fast"):
         for op in OPS.values():
-            cases = [c for c in op.cases() if (shapes in c.models if shapes != "tiny" else not c.models)]
+            tiny = shapes == "tiny"
+            cases = [c for c in op.cases() if (tiny and not c.models) or shapes in c.models]
             for kernel in op.tried("ascend"):
-                results += [_run(op, case, kernel) for case in cases]
+                if tiny or kernel.provider != "torch":
+                    results += [_run(op, case, kernel) for case in cases]
     Path(out).write_text(json.dumps({"chip": soc.current_chip(), "results": results}))
 
 
-def record_logits(chip, out, folder, ids, prefill):
+def record_logits(out, folder, ids, prefill):
     """A parity record of a checkpoint, and what the vendor's operators were called."""
     checkpoint = Checkpoint(Path(folder))
     tokens = read_input_ids(Path(ids), checkpoint.config.vocab_size)
@@ -78,4 +80,4 @@ if __name__ == "__main__":
     what, chip, *rest = sys.argv[1:]
     install(chip)
     ASCEND.use_chip(None)  # what the emulated device says it is
-    {"kernels": kernels, "record": record_logits}[what](chip, *rest)
+    {"kernels": kernels, "record": record_logits}[what](*rest)
