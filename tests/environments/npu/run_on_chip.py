@@ -1,7 +1,7 @@
 """Does one thing on one emulated chip, in a process of its own: torch_npu loads once.
 
     python run_on_chip.py kernels CHIP OUT SHAPES
-    python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL
+    python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL CHUNK
 
 OUT is JSON: for kernels a list of results, for record the calls of vendor operators; the
 record itself lies beside it.
@@ -65,11 +65,11 @@ def kernels(out, shapes):
     Path(out).write_text(json.dumps({"chip": soc.current_chip(), "results": results}))
 
 
-def record_logits(out, folder, ids, prefill):
+def record_logits(out, folder, ids, prefill, chunk):
     """A parity record of a checkpoint, and what the vendor's operators were called."""
     checkpoint = Checkpoint(Path(folder))
     tokens = read_input_ids(Path(ids), checkpoint.config.vocab_size)
-    how = Recording(prefill=int(prefill), dtype="bf16", backend="ascend", trace=False)
+    how = Recording(prefill=int(prefill), chunk=int(chunk), dtype="bf16", backend="ascend")
     reset_calls()
     tensors, metadata = record(checkpoint, tokens, how, lambda done, total: None)
     write_record(Path(out).with_suffix(".safetensors"), tensors, metadata)
