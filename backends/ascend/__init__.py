@@ -16,6 +16,7 @@ from v4_ascend.backends.ascend import indexer as indexer
 from v4_ascend.backends.ascend import moe as moe
 from v4_ascend.backends.ascend import norm_rope as norm_rope
 from v4_ascend.backends.ascend import plain as plain
+from v4_ascend.backends.ascend import triton_kernels as triton_kernels
 from v4_ascend.backends.backend import Backend, Proof
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from functools import cache
@@ -77,4 +78,14 @@ def why_no_c_ascend() -> str | None:
         importlib.import_module("vllm_ascend.meta_registration")  # their shapes, for graphs
     except (ImportError, AttributeError, RuntimeError, OSError) as e:
         return f"vllm-ascend's operators cannot be loaded: {e}"
+    return None
+
+
+@cache
+def why_no_triton() -> str | None:
+    """Return None if the triton that is installed compiles for Ascend, else the reason."""
+    try:
+        importlib.metadata.version("triton-ascend")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton-ascend is not installed (pip install triton-ascend)"
     return None

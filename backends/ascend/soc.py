@@ -67,7 +67,7 @@ def _custom(
     return Row(op, chips, kernel, f"_C_ascend::{name}", limits, f"VA {name}", cann, others)
 
 
-TABLE = (
+TABLE: tuple[Row, ...] = (
     _custom(
         "store_rows", (A5,), "kv_compress_epilog", "kv_compress_epilog",
         "record fp8_640, bf16 rows of 512",
@@ -191,6 +191,26 @@ TABLE = (
     ),
 )  # fmt: skip
 
+TRITON = tuple(
+    Row(
+        op,
+        (A2, A3),
+        f"triton_{op}",
+        f"triton::{op}",
+        limits,
+        "backends/triton, lowered",
+        ">= 8.5.1",
+    )
+    for op, limits in (
+        ("hadamard", "bf16 or fp32, a power of two channels"),
+        ("swiglu", "bf16 or fp32"),
+        ("hc_head", "bf16 or fp32"),
+        ("index_scores", "records bf16 and fp32"),
+        ("index_topk", "none"),
+    )
+)
+TABLE += TRITON
+
 # Operators of V3.2 whose causal limit does not know cmp_ratio: on compressed rows a token
 # would see rows of the future. Nothing here may call them.
 NEVER = (
@@ -236,7 +256,7 @@ def kernels_of(op: Op[..., Any], chip: str) -> list[Kernel[..., Any]]:
     """Return an op's kernels for a chip, in the order in which they are tried."""
     on_chip = {r.kernel for r in TABLE if r.op == op.name and chip in r.chips}
     kernels = op.kernels.get("ascend", ())
-    there = [k for k in kernels if k.provider in ("torch", "triton") or k.name in on_chip]
+    there = [k for k in kernels if k.provider == "torch" or k.name in on_chip]
     return sorted(there, key=lambda k: PROVIDERS.index(k.provider))
 
 
@@ -279,12 +299,16 @@ def order(chip: str, *, only_installed: bool) -> None:
 
 def _is_installed(vendor: str | None) -> bool:
     namespace, _, name = (vendor or "").partition("::")
-    if namespace != "_C_ascend" or custom_ops.has_c_ascend(name):
-        return True
-    _warn_missing(name, custom_ops.why_no_c_ascend() or "it was built for another chip")
-    return False
+    why = None
+    if namespace == "triton":
+        why = custom_ops.why_no_triton()
+    elif namespace == "_C_ascend" and not custom_ops.has_c_ascend(name):
+        why = custom_ops.why_no_c_ascend() or "it was built for another chip"
+    if why is not None:
+        _warn_missing(f"{namespace}.{name}", why)
+    return why is None
 
 
 @cache
 def _warn_missing(name: str, why: str) -> None:
-    log.warning("_C_ascend.%s is left out: %s", name, why)
+    log.warning("%s is left out: %s", name, why)

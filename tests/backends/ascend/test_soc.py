@@ -24,14 +24,14 @@ def test_every_kernel_has_a_row_and_every_row_a_kernel():
         (op.name, k.name)
         for op in OPS.values()
         for k in op.kernels["ascend"]
-        if k.provider not in ("torch", "triton")
+        if k.provider != "torch"
     }
     rows = [(row.op, row.kernel) for row in soc.TABLE]
     assert set(rows) == kernels
     assert len(rows) == len(set(rows))
     for row in soc.TABLE:
         provider = {k.name: k.provider for k in OPS[row.op].kernels["ascend"]}[row.kernel]
-        namespace = {"_C_ascend": "_C_ascend", "torch_npu": "npu"}[provider]
+        namespace = {"_C_ascend": "_C_ascend", "torch_npu": "npu", "triton": "triton"}[provider]
         assert row.vendor.startswith(f"{namespace}::")
         assert all((row.chips, row.limits, row.source, row.cann))
 
@@ -106,14 +106,29 @@ def test_real_shapes_fall_on_the_vendors_kernels(chip):
         assert providers <= {"_C_ascend", "torch_npu"}, (name, found[name])
 
 
-SLOW_ON_ALL = ["hadamard", "hc_head", "index_scores", "index_topk", "sample", "swiglu"]
-
-
 def test_plain_torch_is_counted_honestly():
     """What the README says. A kernel added for one of these shortens the list."""
-    assert sorted(soc.plain_only("a2")) == SLOW_ON_ALL
-    assert sorted(soc.plain_only("a3")) == SLOW_ON_ALL
-    assert sorted(soc.plain_only("950")) == sorted([*SLOW_ON_ALL, "act_quant", "fp4_act_quant"])
+    by_triton = ["hadamard", "hc_head", "index_scores", "index_topk", "swiglu"]
+    assert soc.plain_only("a2") == soc.plain_only("a3") == ["sample"]
+    assert sorted(soc.plain_only("950")) == sorted(
+        [*by_triton, "sample", "act_quant", "fp4_act_quant"]
+    )
+
+
+@pytest.mark.parametrize("chip", soc.CHIPS)
+def test_triton_stands_between_the_vendor_and_torch_on_a2_and_a3(chip):
+    ASCEND.use_chip(chip)
+    tried = [k.provider for k in OPS["swiglu"].tried("ascend")]
+    assert tried == (["torch"] if chip == "950" else ["triton", "torch"])
+
+
+def test_a_machine_without_triton_ascend_does_without_it(caplog):
+    soc._warn_missing.cache_clear()
+    soc.order("a2", only_installed=True)  # of what is left out, all is missing here
+    assert {k.provider for k in OPS["swiglu"].tried("ascend")} == {"torch"}
+    assert {k.provider for k in OPS["sparse_attn"].tried("ascend")} == {"torch"}
+    assert "triton.swiglu is left out: triton-ascend is not installed" in caplog.text
+    assert "_C_ascend.npu_sparse_attn_sharedkv is left out: vllm-ascend is not" in caplog.text
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])
