@@ -182,7 +182,8 @@ def _attend(
         "layout_kv": "PA_ND",
     }
     topk = chosen.shape[-1] if chosen is not None else 0
-    table = prepared.once(
+    table = prepared.once_a_step(
+        seq_lens,
         cu_seqlens,
         (name, q.shape[1], topk, compress_ratio),
         lambda: _metadata(name, quant, q, seq_lens, cu_seqlens, topk, mode, has_rows),
@@ -247,7 +248,8 @@ def _chosen(
 ) -> torch.Tensor:
     """Return chosen rows [n_tokens, 1, 512 or 1024], -1 behind them."""
     if indices is None:  # a CSA layer before there is a choice: all rows that are complete
-        return prepared.once(
+        return prepared.once_a_step(
+            seq_lens,
             cu_seqlens,
             ("all rows", compress_ratio),
             lambda: _all_rows(seq_lens, cu_seqlens, compress_ratio),

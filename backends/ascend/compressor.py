@@ -105,6 +105,8 @@ def _paging(
     table = torch.where((block < read) | is_kept, 1 + request * own + local, 0)
     row = torch.arange(rows, device=seq_lens.device)
     token = end.unsqueeze(1) - 1 - row
+    # As many tokens in a row as the ring has rows: each writes another one, new or not.
+    into = (token + moved.unsqueeze(1)) % rows
     is_new = token >= start.unsqueeze(1)
     token = token.clamp_min(0)
     save = table.gather(1, (token // size).clamp_max(len(block) - 1)) * size
@@ -113,7 +115,7 @@ def _paging(
         table=table.int(),
         load=(row + moved.unsqueeze(1)) % rows,
         save=save + token % size,
-        into=(token + moved.unsqueeze(1)) % rows,
+        into=into,
         is_new=is_new,
         n_done=(stop // ratio - begin // ratio).sum(),
     )
@@ -142,7 +144,8 @@ def compressor(
     if not x.shape[0]:
         return x.new_zeros(cos.shape[0], norm_weight.shape[0]), state
     batch, rows, width = len(seq_lens), state.shape[1], state.shape[2]
-    at = prepared.once(
+    at = prepared.once_a_step(
+        seq_lens,
         cu_seqlens,
         ("compressor", compress_ratio, rows),
         lambda: _paging(seq_lens, cu_seqlens, x.shape[0], compress_ratio, rows),

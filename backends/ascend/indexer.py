@@ -159,7 +159,8 @@ def _select(
     }
     # Prefix sums without the leading 0.
     ends = prepared.once(cu_seqlens, "ends", lambda: cu_seqlens[1:].contiguous())
-    table = prepared.once(
+    table = prepared.once_a_step(
+        seq_lens,
         cu_seqlens,
         (NAME, topk, compress_ratio),
         lambda: c_ascend(f"{NAME}_metadata")(

@@ -6,6 +6,7 @@ tables. Both go when the tensor they belong to goes.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -38,6 +39,20 @@ def once(tensor: torch.Tensor, what: object, make: Callable[[], T]) -> T:
     of a step are new tensors in every step.
     """
     made: dict[object, T] = _made.setdefault(tensor, {})
+    if what not in made:
+        made[what] = make()
+    return made[what]
+
+
+def once_a_step(
+    seq_lens: torch.Tensor, cu_seqlens: torch.Tensor, what: object, make: Callable[[], T]
+) -> T:
+    """As `once`, of the two tensors that say what a step is: decoding may share one of them."""
+    of_step = once(cu_seqlens, "step", lambda: (weakref.ref(seq_lens), {}))
+    if of_step[0]() is not seq_lens:
+        of_step = (weakref.ref(seq_lens), {})
+        keep(cu_seqlens, "step", of_step)
+    made: dict[object, T] = of_step[1]
     if what not in made:
         made[what] = make()
     return made[what]
