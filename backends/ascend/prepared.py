@@ -48,11 +48,11 @@ def once_a_step(
     seq_lens: torch.Tensor, cu_seqlens: torch.Tensor, what: object, make: Callable[[], T]
 ) -> T:
     """As `once`, of the two tensors that say what a step is: decoding may share one of them."""
+    of_step: tuple[Any, dict[object, T]]
     of_step = once(cu_seqlens, "step", lambda: (weakref.ref(seq_lens), {}))
     if of_step[0]() is not seq_lens:
         of_step = (weakref.ref(seq_lens), {})
         keep(cu_seqlens, "step", of_step)
-    made: dict[object, T] = of_step[1]
-    if what not in made:
-        made[what] = make()
-    return made[what]
+    if what not in of_step[1]:
+        of_step[1][what] = make()
+    return of_step[1][what]
