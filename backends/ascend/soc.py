@@ -303,12 +303,12 @@ def _is_installed(vendor: str | None) -> bool:
     if namespace == "triton":
         why = custom_ops.why_no_triton()
     elif namespace == "_C_ascend" and not custom_ops.has_c_ascend(name):
-        why = custom_ops.why_no_c_ascend() or "it was built for another chip"
+        why = custom_ops.why_no_c_ascend() or f"this build of vllm-ascend has no {name}"
     if why is not None:
-        _warn_missing(f"{namespace}.{name}", why)
+        _warn_missing(namespace, why)
     return why is None
 
 
 @cache
-def _warn_missing(name: str, why: str) -> None:
-    log.warning("%s is left out: %s", name, why)
+def _warn_missing(namespace: str, why: str) -> None:
+    log.warning("kernels through %s are left out: %s", namespace, why)
