@@ -10,8 +10,10 @@ from v4_ascend.backends.ascend import cache as cache
 from v4_ascend.backends.ascend import compressor as compressor
 from v4_ascend.backends.ascend import custom_ops, soc
 from v4_ascend.backends.ascend import gate as gate
+from v4_ascend.backends.ascend import gemm as gemm
 from v4_ascend.backends.ascend import hyper_connection as hyper_connection
 from v4_ascend.backends.ascend import indexer as indexer
+from v4_ascend.backends.ascend import moe as moe
 from v4_ascend.backends.ascend import norm_rope as norm_rope
 from v4_ascend.backends.ascend import plain as plain
 from v4_ascend.backends.backend import Backend, Proof
@@ -41,6 +43,7 @@ ASCEND = Backend(
     chips=soc.CHIPS,
     use_chip=soc.use_chip,
     records=_records,
+    min_page_rows=cache.SERVED_PAGE,
 )
 
 soc.order(soc.A5, only_installed=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from v4_ascend.backends.ascend.custom_ops import c_ascend, torch_npu
-from v4_ascend.ops import rms_norm, rope, rope_inverse
+from v4_ascend.ops import head_rms_norm, rms_norm, rope, rope_inverse
 
 MAX_ROPE_DIM = 896  # of npu_rotary_mul; V4 rotates 64 channels
 
@@ -25,6 +25,16 @@ def npu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
         return torch.empty_like(x)
     y, _ = torch_npu().npu_rms_norm(x.float().contiguous(), weight, eps)
     return y.to(x.dtype)
+
+
+@head_rms_norm.kernel("ascend", provider="torch_npu")
+def npu_head_rms_norm(q: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm every head in fp32, with a gamma of ones."""
+    if not q.numel():
+        return torch.empty_like(q)
+    ones = torch.ones(q.shape[-1], device=q.device)
+    y, _ = torch_npu().npu_rms_norm(q.float().contiguous(), ones, eps)
+    return y.to(q.dtype)
 
 
 def _why_no_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:

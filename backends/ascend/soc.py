@@ -140,6 +140,43 @@ TABLE = (
         "rms_norm", CHIPS, "npu_rms_norm", "npu::npu_rms_norm", "fp32 weight",
         "OPD npu_rms_norm", _ALL,
     ),
+    Row(
+        "head_rms_norm", CHIPS, "npu_head_rms_norm", "npu::npu_rms_norm", "a norm without weight",
+        "OPD npu_rms_norm", _ALL,
+    ),
+    Row(
+        "fp8_gemm", (A5,), "quant_matmul_mx", "npu::npu_quant_matmul",
+        "bf16 out, power-of-two scales, weight dims below 65536", "OPD npu_quant_matmul", _NEW,
+    ),
+    Row(
+        "fp4_gemm", (A5,), "one_group_matmul_fp4", "npu::npu_grouped_matmul", "bf16 out",
+        "VA device/device_op.py, A5DeviceAdaptor", _NEW,
+    ),
+    Row(
+        "grouped_gemm", (A5,), "grouped_matmul_mx", "npu::npu_grouped_matmul",
+        "fp8 or fp4 weights, power-of-two scales, bf16 out",
+        "VA device/device_op.py, A5DeviceAdaptor", _NEW,
+    ),
+    Row(
+        "grouped_gemm", CHIPS, "grouped_matmul_bf16", "npu::npu_grouped_matmul", "bf16 throughout",
+        "OPD npu_grouped_matmul", _ALL,
+    ),
+    Row(
+        "moe_permute", CHIPS, "init_routing", "npu::npu_moe_init_routing_v2", "none",
+        "OPD npu_moe_init_routing_v2", _ALL,
+    ),
+    Row(
+        "moe_dispatch", CHIPS, "gather_and_route", "npu::npu_moe_init_routing_v2",
+        "none; tokens are gathered through the group", "OPD npu_moe_init_routing_v2", _ALL,
+    ),
+    Row(
+        "moe_unpermute", CHIPS, "token_unpermute", "npu::npu_moe_token_unpermute", "top 512",
+        "OPD npu_moe_token_unpermute", _ALL,
+    ),
+    Row(
+        "moe_combine", CHIPS, "local_unpermute", "npu::npu_moe_token_unpermute",
+        "one rank, top 512", "OPD npu_moe_token_unpermute", _ALL,
+    ),
 )  # fmt: skip
 
 # Operators of V3.2 whose causal limit does not know cmp_ratio: on compressed rows a token

@@ -88,6 +88,10 @@ def on_cpu(op: Callable[..., Any], name: str, indices_anywhere: bool = False) ->
     return call
 
 
+def _index(device: torch.device) -> int:
+    return torch.npu.current_device() if device.index is None else device.index
+
+
 class _Places:
     """Takes one call's tensors off the device, and its results back."""
 
@@ -102,7 +106,7 @@ class _Places:
             if x.type != NPU:
                 return x
             if self.device is None:
-                self.device = torch.device(NPU, 0 if x.index is None else x.index)
+                self.device = torch.device(NPU, _index(x))
             return torch.device("cpu")
         if not isinstance(x, torch.Tensor):
             return x
@@ -136,7 +140,7 @@ class _Places:
         shared = self.given.get(x.untyped_storage().data_ptr())
         if shared is not None and x.numel() and x.dtype == shared[0].dtype:
             return shared[0].as_strided(x.size(), x.stride(), x.storage_offset())
-        return to_device(x, 0 if self.device is None else self.device.index)
+        return to_device(x, _index(self.device or torch.device(NPU)))
 
     def _refuse(self, other: torch.device, first: torch.device | None = None) -> None:
         raise RuntimeError(
@@ -167,12 +171,32 @@ def _to_copy(
     copied = torch.ops.aten._to_copy(source, dtype=dtype, device="cpu", memory_format=memory_format)
     if to.type != NPU:
         return copied
-    return to_device(copied, torch.npu.current_device() if to.index is None else to.index)
+    return to_device(copied, _index(to))
 
 
-def install() -> list[torch.library.Library]:
+class Kernels:
+    """Kernels for the emulated device, which last as long as this object."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.library = torch.library.Library(namespace, "IMPL", "PrivateUse1")
+        self.autograd = torch.library.Library(namespace, "IMPL", "AutogradPrivateUse1")
+
+    def register(self, name: str, kernel: Callable[..., Any]) -> None:
+        """Make `kernel` what an operator does on the device.
+
+        torch_npu's own autograd kernels call the device around the dispatcher, so they go:
+        the emulated device is for inference.
+        """
+        self.library.impl(name, kernel, allow_override=True)
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        if has(f"{self.namespace}::{name}", "AutogradPrivateUse1"):
+            self.autograd.impl(name, torch.library.fallthrough_kernel, allow_override=True)
+
+
+def install() -> Kernels:
     """Give every plain operator of torch_npu its CPU kernel; keep what is returned alive."""
-    library = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    kernels = Kernels("aten")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in torch._C._dispatch_get_all_op_names():
         namespace, _, rest = name.partition("::")
@@ -184,8 +208,8 @@ def install() -> list[torch.library.Library]:
             continue
         op = getattr(packet, overload or "default")
         kernel = on_cpu(op, name, name in _INDICES_ANYWHERE)
-        library.impl(rest, kernel, allow_override=True)
-    library.impl("copy_", _copy_, allow_override=True)
-    library.impl("_to_copy", _to_copy, allow_override=True)
-    library.impl("_local_scalar_dense", lambda t: cpu_view(t).item(), allow_override=True)
-    return [library]
+        kernels.register(rest, kernel)
+    kernels.register("copy_", _copy_)
+    kernels.register("_to_copy", _to_copy)
+    kernels.register("_local_scalar_dense", lambda t: cpu_view(t).item())
+    return kernels

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import warnings
 
-from v4_ascend.emulation import acl
 from v4_ascend.emulation.chips import Chip, chip
 from v4_ascend.errors import V4AscendError
 
@@ -39,12 +40,15 @@ def install(soc: str = "950dt", devices: int = 1, memory_gib: float | None = Non
                 f"and cannot become {devices} x {soc}: torch_npu loads once"
             )
         return wanted[0]
+    from v4_ascend.emulation import acl  # which needs `environment`, a command of its own
+
     # torch imports torch_npu by itself otherwise, and before its libraries are there.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     gib = wanted[0].memory_gib if memory_gib is None else memory_gib
     acl.load(wanted[0], devices, int(gib * 2**30))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no CANN folder, no driver: so it is meant
+    # No CANN folder and no driver: so it is meant, and stdout is for data.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
         importlib.import_module("torch_npu")
         from v4_ascend.emulation import collectives, device, stand_in
 

@@ -19,7 +19,7 @@ import torch
 
 from v4_ascend.emulation import call_log
 from v4_ascend.emulation.chips import Chip
-from v4_ascend.emulation.device import on_cpu
+from v4_ascend.emulation.device import Kernels, on_cpu
 
 ALL = ("a2", "a3", "950")
 CUSTOM = "_C_ascend"
@@ -67,7 +67,7 @@ def schemas() -> dict[str, tuple[tuple[str, ...], str]]:
     return found
 
 
-def install(chip: Chip) -> list[torch.library.Library]:
+def install(chip: Chip) -> tuple[torch.library.Library, Kernels]:
     """Define `_C_ascend` for the chip and register every stand-in; keep the result alive."""
     _running_on[:] = [chip]
     custom = torch.library.Library(CUSTOM, "DEF")
@@ -82,15 +82,15 @@ def install(chip: Chip) -> list[torch.library.Library]:
                 custom.impl(
                     name, _by_argument(kernel, f"{CUSTOM}::{name}"), "CompositeExplicitAutograd"
                 )
-    stock = torch.library.Library("npu", "IMPL", "PrivateUse1")
+    stock = Kernels("npu")
     for known in STAND_INS.values():
         namespace, _, name = known.name.partition("::")
         if namespace == "npu":
             kernel = on_cpu(known.function, known.name)
             if chip.generation not in known.generations:
                 kernel = _refused(known, chip)
-            stock.impl(name, kernel, allow_override=True)
-    return [custom, stock]
+            stock.register(name, kernel)
+    return custom, stock
 
 
 def _by_argument(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -33,11 +33,15 @@ class Compressor:
     def read(cls, source: Source, at: str, ratio: int, norm_eps: float) -> Compressor:
         """Read ``at.*``; everything is widened to fp32, as the published code does."""
         fp32 = torch.float32
+        wkv = read_plain(source, f"{at}.wkv", fp32)
+        wgate = read_plain(source, f"{at}.wgate", fp32)
+        norm = read_plain(source, f"{at}.norm", fp32)
+        compress_kv.prepare(wkv, wgate, norm)
         return cls(
-            wkv=read_plain(source, f"{at}.wkv", fp32),
-            wgate=read_plain(source, f"{at}.wgate", fp32),
+            wkv=wkv,
+            wgate=wgate,
             ape=source(f"{at}.ape").to(fp32),
-            norm=read_plain(source, f"{at}.norm", fp32),
+            norm=norm,
             compress_ratio=ratio,
             norm_eps=norm_eps,
         )

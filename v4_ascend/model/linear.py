@@ -49,6 +49,14 @@ class Linear:
     @classmethod
     def read(cls, source: Source, name: str, numerics: Numerics) -> Linear:
         """Read ``name.weight``, and its scale if it has one."""
+        linear = cls.read_raw(source, name, numerics)
+        if linear.scale is not None:
+            fp8_gemm.prepare(linear.weight, linear.scale)
+        return linear
+
+    @classmethod
+    def read_raw(cls, source: Source, name: str, numerics: Numerics) -> Linear:
+        """Read it to be joined with others: it is not prepared for products of its own."""
         weight = source(f"{name}.weight")
         if not _is_quantized(weight):
             return cls(weight.to(numerics.dtype), None, numerics.dtype)
@@ -81,14 +89,17 @@ class GroupedLinear:
         cls, source: Source, names: list[tuple[str, ...]], numerics: Numerics
     ) -> GroupedLinear:
         """Stack experts; the parts of one expert are joined along its outputs."""
-        parts = [[Linear.read(source, name, numerics) for name in expert] for expert in names]
+        parts = [[Linear.read_raw(source, name, numerics) for name in expert] for expert in names]
         weight = torch.stack([torch.cat([_raw(p.weight) for p in e]) for e in parts])
         first = parts[0][0]
+        weight = weight.view(first.weight.dtype)
         if first.scale is None:
-            return cls(weight.view(first.weight.dtype), None, numerics.dtype)
+            return cls(weight, None, numerics.dtype)
         scales = [[p.scale for p in e if p.scale is not None] for e in parts]
-        scale = torch.stack([torch.cat([_raw(s) for s in e]) for e in scales])
-        return cls(weight.view(first.weight.dtype), scale.view(first.scale.dtype), numerics.dtype)
+        joined = torch.stack([torch.cat([_raw(s) for s in e]) for e in scales])
+        scale = joined.view(first.scale.dtype)
+        grouped_gemm.prepare(weight, scale)
+        return cls(weight, scale, numerics.dtype)
 
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
         """Multiply [n_rows, in] to [n_rows, out], group by group."""

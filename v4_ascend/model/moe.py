@@ -26,10 +26,13 @@ class Gate:
     @classmethod
     def read(cls, source: Source, at: str, config: ModelConfig, *, is_hash: bool) -> Gate:
         """Read ``at.*`` of a hash layer or of a learned one."""
+        tid2eid = source(f"{at}.tid2eid") if is_hash else None
+        if tid2eid is not None:
+            hash_gate.prepare(tid2eid)
         return cls(
             weight=read_plain(source, at, torch.float32),
             bias=None if is_hash else source(f"{at}.bias").float(),
-            tid2eid=source(f"{at}.tid2eid") if is_hash else None,
+            tid2eid=tid2eid,
             topk=config.n_activated_experts,
             route_scale=config.route_scale,
         )

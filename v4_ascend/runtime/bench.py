@@ -99,6 +99,7 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
         kv_record=kv,
         index_record=index,
         device=backend.device(),
+        min_page_rows=backend.min_page_rows,
     )
     tokens = ids.tolist()
 

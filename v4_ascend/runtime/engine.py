@@ -47,6 +47,7 @@ class Engine:
         max_chunk: int,
         records: tuple[str, str],
         device: str = "cpu",
+        min_page_rows: int = 1,
     ) -> None:
         self.model = model
         self.max_batch_size = max_batch_size
@@ -60,6 +61,7 @@ class Engine:
             kv_record=records[0],
             index_record=records[1],
             device=device,
+            min_page_rows=min_page_rows,
         )
 
     @classmethod
@@ -85,6 +87,7 @@ class Engine:
             max_chunk=plan.max_chunk,
             records=cache_records(backend, numerics, plan.kernels),
             device=backend.device(),
+            min_page_rows=backend.min_page_rows,
         )
 
     @property

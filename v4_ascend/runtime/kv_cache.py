@@ -35,7 +35,8 @@ class KVCache:
     """Storages of every layer for `n_slots` sequences of up to `max_model_len` tokens.
 
     `max_chunk` is the most tokens of one sequence a step may bring: a window ring must
-    hold them beside the window before.
+    hold them beside the window before. Pages of compressed rows cover a block of tokens, or
+    more where kernels want `min_page_rows` in a page.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class KVCache:
         kv_record: str,
         index_record: str,
         device: torch.device | str = "cpu",
+        min_page_rows: int = 1,
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
+        self.min_page_rows = min_page_rows
         self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
         self.ring_blocks = min(ring, self.n_blocks)
@@ -65,7 +68,7 @@ class KVCache:
         window = kv.new_storage(n_ring, BLOCK_TOKENS, c.head_dim, self.device)
         if not ratio:
             return LayerCache(kv_record=kv_record, index_record=index_record, window=window)
-        n_blocks, rows = self.n_slots * self.n_blocks, BLOCK_TOKENS // ratio
+        n_blocks, rows = self.n_slots * self._n_pages(ratio), self._page_rows(ratio)
         has_index = ratio == 4
         return LayerCache(
             kv_record=kv_record,
@@ -78,6 +81,13 @@ class KVCache:
             else None,
             index_state=self._state(ratio, c.index_head_dim) if has_index else None,
         )
+
+    def _page_rows(self, ratio: int) -> int:
+        return max(BLOCK_TOKENS // ratio, self.min_page_rows)
+
+    def _n_pages(self, ratio: int) -> int:
+        """Pages of one slot's compressed rows."""
+        return -(-self.max_model_len // (self._page_rows(ratio) * ratio))
 
     def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
         overlaps = ratio == 4
@@ -93,12 +103,15 @@ class KVCache:
         )
 
     @cached_property
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block tables of all slots: window rings, and compressed rows of any ratio."""
+    def _tables(self) -> dict[int, torch.Tensor]:
+        """Block tables of all slots by ratio: window rings (0), and compressed rows."""
         slots = torch.arange(self.n_slots, dtype=torch.int32).unsqueeze(1)
         block = torch.arange(self.n_blocks, dtype=torch.int32)
-        ring = slots * self.ring_blocks + block % self.ring_blocks
-        return ring, slots * self.n_blocks + block
+        tables = {0: slots * self.ring_blocks + block % self.ring_blocks}
+        for ratio in sorted(set(self.config.compress_ratios) - {0}):
+            n_pages = self._n_pages(ratio)
+            tables[ratio] = slots * n_pages + torch.arange(n_pages, dtype=torch.int32)
+        return tables
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """Lay out one step: computed on the host, then copied to the device.
@@ -118,7 +131,8 @@ class KVCache:
         counts = torch.tensor([len(c.token_ids) for c in chunks])
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
         request, position = locate(seq_lens, cu_seqlens)
-        ring, table = (t[slots] for t in self._tables)
+        tables = {ratio: table[slots] for ratio, table in self._tables.items()}
+        ring = tables.pop(0)
         swa, compress = self._freqs
         block = ring[request, position // BLOCK_TOKENS].long()
         batch = Batch(
@@ -132,7 +146,7 @@ class KVCache:
             compress_rope=rope_table(position, compress),
             compressed={
                 ratio: self._rows(ratio, table, seq_lens, cu_seqlens, compress)
-                for ratio in sorted(set(self.config.compress_ratios) - {0})
+                for ratio, table in tables.items()
             },
         )
         return batch if self.device.type == "cpu" else to_device(batch, self.device)
@@ -150,9 +164,8 @@ class KVCache:
         starts = torch.tensor(row_positions(seq_lens, cu_seqlens, ratio), dtype=torch.int64)
         before = (seq_lens - cu_seqlens.diff()) // ratio
         owner = torch.repeat_interleave((seq_lens // ratio - before).long())
-        block = table[owner, starts // BLOCK_TOKENS].long()
-        rows_per_block = BLOCK_TOKENS // ratio
-        slot = block * rows_per_block + starts // ratio % rows_per_block
+        page_rows, row = self._page_rows(ratio), starts // ratio
+        slot = table[owner, row // page_rows].long() * page_rows + row % page_rows
         spare = (0, max_rows - len(starts))
         cos, sin = rope_table(F.pad(starts, spare), freqs)
         return CompressedRows(

@@ -151,6 +151,7 @@ def record(
                 kv_record=records[0],
                 index_record=records[1],
                 device=backend.device(),
+                min_page_rows=backend.min_page_rows if kernels == "fast" else 1,
             )
             logits[i] = sequence_logits(
                 model,

@@ -51,10 +51,10 @@ def test_a_process_stays_what_it_is():
 def test_an_unknown_acl_call_ends_the_process_with_its_name():
     done = elsewhere(
         "from v4_ascend.emulation import install; install()\nimport ctypes\n"
-        "ctypes.CDLL('libascendcl.so').aclmdlLoadFromFile()\n"
+        "ctypes.CDLL('libascendcl.so').aclmdlRICaptureBegin()\n"
     )
     assert done.returncode < 0
-    assert "aclmdlLoadFromFile is not emulated" in done.stderr
+    assert "aclmdlRICaptureBegin is not emulated" in done.stderr
 
 
 def test_memory_is_limited():

@@ -6,7 +6,6 @@ import torch_npu
 
 NPU = "npu:0"
 BF16, I32 = torch.bfloat16, torch.int32
-CHECKS = ("test_schema", "test_faketensor")
 
 
 def t(*shape, dtype=torch.float32):
@@ -89,7 +88,11 @@ CALLS = list(calls())
 )
 def test_shapes_and_dtypes_are_the_vendors(name, args, kwargs):
     op = getattr(torch.ops.npu, name).default
-    torch.library.opcheck(op, args, kwargs, test_utils=CHECKS)
+    torch.library.opcheck(op, args, kwargs, test_utils="test_faketensor")
+    # test_schema multiplies its inputs to compare them, which torch cannot do in fp8.
+    tensors = torch.utils._pytree.tree_leaves((args, kwargs))
+    if not any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 for x in tensors):
+        torch.library.opcheck(op, args, kwargs, test_utils="test_schema")
 
 
 def test_a_wrong_shape_is_noticed():

@@ -110,7 +110,10 @@ def npu_moe_gating_top_k(
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `moe_gating_top_k_hash`; sqrt(softplus) and hash routing are 950 only."""
+    """As `moe_gating_top_k_hash`; sqrt(softplus) and hash routing are 950 only.
+
+    torch_npu 2.10.0.post4 has no input_ids and tid2eid.
+    """
     check = Checks("npu_moe_gating_top_k", "ops-transformer moe/moe_gating_top_k/README.md")
     on_950 = running_on().generation == "950"
     check.one_of((0, 1, 2) if on_950 else (0, 1), norm_type=norm_type)

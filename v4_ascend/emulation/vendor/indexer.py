@@ -76,11 +76,9 @@ def npu_vllm_quant_lightning_indexer(
         scales, weights=weights, query_dequant_scale=query_dequant_scale,
         key_dequant_scale=key_dequant_scale,
     )  # fmt: skip
-    check.contiguous(
-        weights=weights,
-        query_dequant_scale=query_dequant_scale,
-        key_dequant_scale=key_dequant_scale,
-    )
+    # Keys and their scales may be views into one page: the kernel is told the stride between.
+    check.contiguous(weights=weights, query_dequant_scale=query_dequant_scale)
+    check.contiguous(**{"key[0]": key[0], "key_dequant_scale[0]": key_dequant_scale[0]})
     check.dtype(
         torch.int32, actual_seq_lengths_query=actual_seq_lengths_query,
         actual_seq_lengths_key=actual_seq_lengths_key, block_table=block_table,
