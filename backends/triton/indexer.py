@@ -32,7 +32,10 @@ def _index_scores(
         keys = keys.to(queries.dtype)
         products = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         weight = tl.load(weights + token * n_heads + head, head < n_heads, 0.0).to(tl.float32)
-        total = tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1)
+        # Rounded where the published code rounds: that makes ties, and ties choose rows.
+        products = tl.maximum(products, 0.0).to(queries.dtype).to(tl.float32)
+        weighed = (products * weight[None, :]).to(queries.dtype).to(tl.float32)
+        total = tl.sum(weighed, 1).to(queries.dtype).to(tl.float32)
         out = tl.where(is_visible, total, out)
     tl.store(scores + token * n_rows + row, out, row < n_rows)
 

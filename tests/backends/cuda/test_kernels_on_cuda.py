@@ -33,6 +33,12 @@ def test_kernels_are_the_reference_at_real_widths(op, model):
     _all_pass(Selection(op, None, model))
 
 
+@pytest.mark.slow
+def test_the_indexer_makes_the_ties_of_the_published_code():
+    """Its 64 heads sum to more bits than bf16 has: rounding makes ties, which choose rows."""
+    _all_pass(Selection("index_select", "fp4_68", "pro"))
+
+
 def test_without_a_device_it_says_so(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
