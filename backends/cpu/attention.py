@@ -70,6 +70,8 @@ def sparse_attn_tiled(
                 here = _visible_rows(indices, position, begin, end, len(more), compress_ratio)
                 rows = torch.cat((rows, more))
                 is_visible = torch.cat((is_visible, here), dim=1)
+            # A row nobody sees may be unwritten; 0 * NaN would reach the sum.
+            rows = rows.masked_fill(~is_visible.any(0).unsqueeze(1), 0.0)
             out[begin:end] = _attend(q[begin:end], rows, is_visible, sink, softmax_scale)
     return out
 

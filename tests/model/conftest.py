@@ -11,6 +11,7 @@ from v4_ascend.config.inventory import inventory
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
+from v4_ascend.ops import use_policy
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tiny_model.json").read_text())
@@ -98,5 +99,6 @@ def golden_model():
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    with torch.inference_mode():
+    # The references are what is proven here; kernels are proven against them.
+    with torch.inference_mode(), use_policy(kernels="reference"):
         yield
