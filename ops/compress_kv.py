@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
 from v4_ascend.ops.ragged import Span, locate, max_new_rows, spans
 from v4_ascend.ops.rms_norm import rms_norm
 from v4_ascend.ops.rope import rope, rope_freqs, rope_table
@@ -127,7 +127,12 @@ def _carry(
     state[state_slots[request], position % rows] = new[kept]
 
 
-@op(cases=_cases, tolerance=ROUNDED, mutates=("state",))
+@op(
+    cases=_cases,
+    # bf16: a kernel may keep the pooled row in fp32 up to its norm; two roundings, not one.
+    tolerance={**ROUNDED, torch.bfloat16: Tolerance(rtol=2**-6, atol=2**-8, diff=1e-5)},
+    mutates=("state",),
+)
 def compress_kv(
     x: torch.Tensor,
     wkv: torch.Tensor,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.ops.op import ROUNDED, Case, op
+from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
 from v4_ascend.ops.ragged import locate
 from v4_ascend.ops.records import RECORDS, load_rows, store_rows
 
@@ -135,7 +135,12 @@ def _attend(
     return (o / total).to(q.dtype)
 
 
-@op(cases=_cases, tolerance=ROUNDED)
+@op(
+    cases=_cases,
+    # bf16: a kernel may keep probabilities in fp32, or round them against a running maximum.
+    # Rounding p moves a result by at most 2^-9 max|row|: 2^-7 for rows of +-4.
+    tolerance={**ROUNDED, torch.bfloat16: Tolerance(rtol=2**-7, atol=2**-8, diff=1e-5)},
+)
 def sparse_attn(
     q: torch.Tensor,
     window: torch.Tensor,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from v4_ascend.backends.cuda.kernels import MODULES
+from v4_ascend.backends.triton.limits import MODULES
 from v4_ascend.ops import OPS
 
 POINTERS = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from v4_ascend.backends.cuda.kernels import MODULES
-from v4_ascend.backends.cuda.registry import register
+from v4_ascend.backends.triton.limits import MODULES
+from v4_ascend.backends.triton.registry import register
 from v4_ascend.ops import OPS
 
 # index_scores of fp8_132 does not lower: "strides must not be zero".

@@ -90,7 +90,7 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
         progress=lambda done, total: None,
         device=backend.device(),
     )
-    kv, index = cache_records(backend, numerics, "fast")
+    kv, index = cache_records(backend, checkpoint.config, numerics, "fast")
     cache = KVCache(
         checkpoint.config,
         n_slots=1,

@@ -85,7 +85,7 @@ class Engine:
             max_batch_size=plan.max_batch_size,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
-            records=cache_records(backend, numerics, plan.kernels),
+            records=cache_records(backend, checkpoint.config, numerics, plan.kernels),
             device=backend.device(),
             min_page_rows=backend.min_page_rows,
         )

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save
 from v4_ascend import __version__
 from v4_ascend.backends import Backend, find_backend
 from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ConfigError
 from v4_ascend.model.numerics import Dtype, Numerics, QuantSim
 from v4_ascend.model.transformer import Transformer
-from v4_ascend.ops import use_policy
+from v4_ascend.ops import RECORDS, use_policy
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import Progress, load_model
 from v4_ascend.runtime.trace import Trace
@@ -77,13 +78,23 @@ def read_input_ids(file: Path, vocab_size: int) -> torch.Tensor:
 
 
 def cache_records(
-    backend: Backend, numerics: Numerics, kernels: Literal["fast", "reference"]
+    backend: Backend,
+    config: ModelConfig,
+    numerics: Numerics,
+    kernels: Literal["fast", "reference"],
 ) -> tuple[str, str]:
-    """Return the record formats of kv and index caches; the references keep plain rows."""
+    """Return the record formats of kv and index caches.
+
+    Plain rows for the references, and for a model whose rows are not as wide as the
+    backend's format is made for.
+    """
     plain = "fp32" if numerics.dtype == torch.float32 else "bf16"
     if kernels == "reference":
         return plain, plain
-    return backend.records(plain, numerics.quant_sim)
+    kv, index = backend.records(plain, numerics.quant_sim)
+    widths = ((kv, config.head_dim), (index, config.index_head_dim))
+    kv, index = (n if RECORDS[n].row_dim in (None, width) else plain for n, width in widths)
+    return kv, index
 
 
 def sequence_logits(
@@ -130,7 +141,7 @@ def record(
     kernels = how.kernels or ("reference" if backend.name == "cpu" else "fast")
     numerics = Numerics.of(checkpoint.config, how.dtype, how.quant_sim)
     plain = "fp32" if numerics.dtype == torch.float32 else "bf16"
-    records = cache_records(backend, numerics, kernels)
+    records = cache_records(backend, checkpoint.config, numerics, kernels)
     policy = use_policy(backend=backend.name, kernels=kernels, fallback=how.fallback)
     logits = torch.empty(n, length, checkpoint.config.vocab_size)
     trace = Trace() if how.trace else None

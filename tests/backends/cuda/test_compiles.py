@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from v4_ascend.backends.cuda.kernels import MODULES
+from v4_ascend.backends.triton.limits import MODULES
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "backends" / "triton"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from v4_ascend.backends.cuda.kernels import MODULES
+from v4_ascend.backends.triton.limits import MODULES
 from v4_ascend.backends.triton.paged import CODES
 
 HERE = Path(__file__).parent
