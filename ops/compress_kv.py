@@ -129,8 +129,10 @@ def _carry(
 
 @op(
     cases=_cases,
-    # bf16: a kernel may keep the pooled row in fp32 up to its norm; two roundings, not one.
-    tolerance={**ROUNDED, torch.bfloat16: Tolerance(rtol=2**-6, atol=2**-8, diff=1e-5)},
+    # bf16: a kernel may keep the pooled row in fp32 through norm and rotation, where the
+    # published code rounds it twice on the way: 2^-8 of the two channels that a rotation
+    # mixes, and may cancel, which for rows of +-4 is 2^-6. The bound on the whole stays.
+    tolerance={**ROUNDED, torch.bfloat16: Tolerance(rtol=2**-6, atol=2**-6, diff=1e-5)},
     mutates=("state",),
 )
 def compress_kv(
