@@ -17,7 +17,7 @@ from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
 from v4_ascend.emulation.environment import environment
 from v4_ascend.errors import DeadlineError, DeployError
-from v4_ascend.runtime.front import DRAIN_SECONDS
+from v4_ascend.runtime.draining import DRAIN_SECONDS
 from v4_ascend.supernode.plan import Plan
 
 POLL_SECONDS = 0.1

@@ -9,11 +9,9 @@ import os
 import secrets
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -27,6 +25,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
+from v4_ascend.runtime.draining import DrainingServer
 from v4_ascend.runtime.load import resolve_checkpoint
 from v4_ascend.runtime.messages import Sampling
 from v4_ascend.runtime.openai_schema import ChatBody, CompletionBody, parse_body
@@ -42,7 +41,6 @@ from v4_ascend.runtime.scheduler import Scheduler
 from v4_ascend.supernode.plan import Plan
 
 MAX_WAITING = 256  # requests
-DRAIN_SECONDS = 30
 CLIENT_LEFT = 499  # nobody reads it; the access log does
 RETRY_AFTER = {"Retry-After": "1"}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -362,27 +360,6 @@ def _authenticate(request: Request, keys: tuple[str, ...]) -> None:
     is_known = [hmac.compare_digest(given, k.encode()) for k in keys]
     if keys and True not in is_known:
         raise RequestError("a valid API key is needed: Authorization: Bearer ...", status=401)
-
-
-class DrainingServer(uvicorn.Server):
-    """Listens while it drains, so that a client is told so; a second signal ends it at once."""
-
-    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
-        super().__init__(config)
-        self._dispatcher, self._deadline = dispatcher, float("inf")
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain."""
-        if self._deadline < float("inf"):
-            super().handle_exit(sig, frame)
-        self._deadline = time.monotonic() + DRAIN_SECONDS
-        self._dispatcher.drain()
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: end once everybody has an answer, or the time is up."""
-        if self._deadline < float("inf"):
-            self.should_exit |= self._dispatcher.is_idle or time.monotonic() > self._deadline
-        return await super().on_tick(counter)
 
 
 async def _follow_parent() -> None:

@@ -1,0 +1,33 @@
+"""The end of a front: it answers what it has, and says so to who comes late."""
+
+from __future__ import annotations
+
+import time
+from types import FrameType
+
+import uvicorn
+
+from v4_ascend.runtime.dispatcher import Dispatcher
+
+DRAIN_SECONDS = 30
+
+
+class DrainingServer(uvicorn.Server):
+    """Listens while it drains, so that a client is told so; a second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, dispatcher: Dispatcher) -> None:
+        super().__init__(config)
+        self._dispatcher, self._deadline = dispatcher, float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain."""
+        if self._deadline < float("inf"):
+            super().handle_exit(sig, frame)
+        self._deadline = time.monotonic() + DRAIN_SECONDS
+        self._dispatcher.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: end once everybody has an answer, or the time is up."""
+        if self._deadline < float("inf"):
+            self.should_exit |= self._dispatcher.is_idle or time.monotonic() > self._deadline
+        return await super().on_tick(counter)
