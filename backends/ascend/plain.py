@@ -14,23 +14,28 @@ MAKES_NARROW = ("act_quant", "fp4_act_quant")  # fp8 values or e8m0 scales come 
 NARROW_RECORDS = ("fp8", "fp4")
 
 
+NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+
+
 def _is_narrow(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return str(value.dtype).startswith("torch.float8")
+        return value.dtype in NARROW_DTYPES
     return isinstance(value, str) and value.startswith(NARROW_RECORDS)
 
 
 def _register(op: Op[..., Any]) -> None:
+    makes_narrow = op.name in MAKES_NARROW
+
     def why_not(*args: Any, **kwargs: Any) -> str | None:
         chip = current_chip()
         if chip in NARROW_CHIPS:
             return None
+        # Asked at every call: names are looked up for a refusal alone.
+        if not makes_narrow and True not in map(_is_narrow, (*args, *kwargs.values())):
+            return None
         values = op.signature.bind(*args, **kwargs).arguments
         narrow = [name for name, value in values.items() if _is_narrow(value)]
-        if op.name in MAKES_NARROW:
-            narrow.append("the result")
-        if not narrow:
-            return None
+        narrow += ["the result"] * makes_narrow
         return (
             f"{', '.join(narrow)}: {chip} has no fp8 and no fp4 (int8 weights: v4-ascend convert)"
         )
