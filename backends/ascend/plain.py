@@ -14,13 +14,13 @@ MAKES_NARROW = ("act_quant", "fp4_act_quant")  # fp8 values or e8m0 scales come 
 NARROW_RECORDS = ("fp8", "fp4")
 
 
-NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
+NARROW_DTYPES = frozenset((torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu))
 
 
 def _is_narrow(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dtype in NARROW_DTYPES
-    return isinstance(value, str) and value.startswith(NARROW_RECORDS)
+    if isinstance(value, str):
+        return value.startswith(NARROW_RECORDS)
+    return getattr(value, "dtype", None) in NARROW_DTYPES
 
 
 def _register(op: Op[..., Any]) -> None:
