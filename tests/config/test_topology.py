@@ -20,7 +20,11 @@ serve:
   max_model_len: 64
 """
 FIGURE = "{value: 1, label: assumed, source: test}"
-INLINE = f"{{name: x, kind: cpu, memory_bytes: &m {FIGURE}, memory_bytes_per_s: *m}}"
+INLINE = (
+    "{name: x, kind: cpu, family: cpu, devices_per_host: 1, weight_formats: [native], "
+    "records: {kv: plain, index: plain, source: s}, "
+    f"memory_bytes: &m {FIGURE}, memory_bytes_per_s: *m}}"
+)
 
 
 @pytest.fixture
@@ -151,13 +155,31 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
         ("serve.n_draft_tokens=1", "serve.n_draft_tokens: not yet"),
         ("layout={dp_size: 2}", "layout: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
-        ("cluster.pools=[{role: decode, supernodes: [a]}]", "cluster.pools: not yet"),
         ("model.reference=r.safetensors", "model.reference: not yet"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(read, override, says):
     with pytest.raises(NotYetError, match=says):
         require_supported(read(GOOD, override))
+
+
+def test_two_pools_are_not_deployed_yet(read):
+    two = "cluster.supernodes=[{name: a, host_count: 1}, {name: b, host_count: 1}]"
+    pools = "cluster.pools=[{role: decode, supernodes: [a]}, {role: prefill, supernodes: [b]}]"
+    with pytest.raises(NotYetError, match="cluster.pools: not yet"):
+        require_supported(read(GOOD, two, pools))
+
+
+@pytest.mark.parametrize(
+    ("pools", "says"),
+    [
+        ("[{role: decode, supernodes: [a]}]", "one for prefill and one for decode"),
+        ("[{role: decode, supernodes: [a]}, {role: prefill, supernodes: [a]}]", "'a' is in two"),
+    ],
+)
+def test_pools_that_cannot_serve_are_refused(read, pools, says):
+    with pytest.raises(ConfigError, match=says):
+        read(GOOD, f"cluster.pools={pools}")
 
 
 def test_a_key_of_the_file_that_is_not_built_yet_is_refused_at_its_line(read):

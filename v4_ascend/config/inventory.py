@@ -44,6 +44,32 @@ def inventory(config: ModelConfig) -> list[TensorSpec]:
     return list(_Inventory(config).tensors())
 
 
+def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
+    """List one layer's tensors but its routed experts; the MTP layers follow the main ones."""
+    parts = _Inventory(config, experts=0)
+    if layer < config.n_layers:
+        return list(parts.block("layer", config.compress_ratios[layer], layer))
+    stage = layer - config.n_layers
+    extra = parts.drafter(stage) if config.dspark else parts.mtp("layer")
+    return [*parts.block("layer", 0, None), *extra]
+
+
+def expert_tensors(config: ModelConfig) -> list[TensorSpec]:
+    """List the tensors of one routed expert; all experts are alike."""
+    parts = _Inventory(config)
+    return list(parts.expert("expert", parts.expert_linear))
+
+
+def model_tensors(config: ModelConfig) -> list[TensorSpec]:
+    """List what belongs to no layer: embedding, head, last norm and mixer."""
+    return list(_Inventory(config).outside())
+
+
+def n_draft_stages(config: ModelConfig) -> int:
+    """Count the blocks that draft: MTP layers, or the stages of DSpark."""
+    return len(config.dspark.target_layer_ids) if config.dspark else config.n_mtp_layers
+
+
 def shard_of(name: str, config: ModelConfig) -> int:
     """Return the 1-based shard the official layout puts a tensor in.
 
@@ -61,31 +87,34 @@ def shard_of(name: str, config: ModelConfig) -> int:
 
 def n_shards(config: ModelConfig) -> int:
     """Count the shards of the official layout."""
-    return 2 + config.n_layers + _n_stages(config)
-
-
-def _n_stages(config: ModelConfig) -> int:
-    return len(config.dspark.target_layer_ids) if config.dspark else config.n_mtp_layers
+    return 2 + config.n_layers + n_draft_stages(config)
 
 
 class _Inventory:
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, experts: int | None = None) -> None:
         self.c = config
+        self.n_experts = config.n_routed_experts if experts is None else experts
         self.plain: Dtype = "F32" if config.dtype == "fp32" else "BF16"
         # Base checkpoints (FP8 experts) store their scales as F32.
         self.scale: Dtype = "F32" if config.expert_dtype == "fp8" else "F8_E8M0"
 
     def tensors(self) -> Iterator[TensorSpec]:
         c = self.c
-        yield TensorSpec("embed.weight", self.plain, (c.vocab_size, c.dim))
+        embed, *head = self.outside()
+        yield embed
         for layer in range(c.n_layers):
             yield from self.block(f"layers.{layer}", c.compress_ratios[layer], layer)
+        yield from head
+        for stage in range(n_draft_stages(c)):
+            yield from self.block(f"mtp.{stage}", 0, None)
+            yield from (self.drafter(stage) if c.dspark else self.mtp(f"mtp.{stage}"))
+
+    def outside(self) -> Iterator[TensorSpec]:
+        c = self.c
+        yield TensorSpec("embed.weight", self.plain, (c.vocab_size, c.dim))
         yield TensorSpec("head.weight", self.plain, (c.vocab_size, c.dim))
         yield TensorSpec("norm.weight", self.plain, (c.dim,))
         yield from self.mixer("hc_head", c.hc_mult, 1)
-        for stage in range(_n_stages(c)):
-            yield from self.block(f"mtp.{stage}", 0, None)
-            yield from (self.drafter(stage) if c.dspark else self.mtp(f"mtp.{stage}"))
 
     def block(self, at: str, ratio: int, layer: int | None) -> Iterator[TensorSpec]:
         c = self.c
@@ -130,7 +159,7 @@ class _Inventory:
             yield TensorSpec(f"{at}.gate.tid2eid", "I64", (c.vocab_size, c.n_activated_experts))
         else:
             yield TensorSpec(f"{at}.gate.bias", "F32", (c.n_routed_experts,))
-        for expert in range(c.n_routed_experts):
+        for expert in range(self.n_experts):
             yield from self.expert(f"{at}.experts.{expert}", self.expert_linear)
         yield from self.expert(f"{at}.shared_experts", self.linear)
 
@@ -155,7 +184,7 @@ class _Inventory:
             n_targets = len(c.dspark.target_layer_ids)
             yield from self.linear(f"{at}.main_proj", c.dim, n_targets * c.dim)
             yield TensorSpec(f"{at}.main_norm.weight", self.plain, (c.dim,))
-        if stage == _n_stages(c) - 1:
+        if stage == n_draft_stages(c) - 1:
             rank = c.dspark.markov_rank
             yield TensorSpec(f"{at}.norm.weight", self.plain, (c.dim,))
             yield from self.mixer(f"{at}.hc_head", c.hc_mult, 1)

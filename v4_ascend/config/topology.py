@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from v4_ascend.config.devices import DeviceProfile, device_profile
+from v4_ascend.config.devices import DeviceProfile, WeightFormat, check_levels, device_profile
 from v4_ascend.config.load import Section, did_you_mean, load_yaml
 from v4_ascend.errors import ConfigError, NotYetError
 
@@ -37,80 +36,13 @@ class Supernode(Section):
         return n_hosts * self.devices_per_host
 
 
-class Pool(Section):
-    """Supernodes that serve one role."""
-
-    role: Literal["prefill", "decode"]
-    supernodes: tuple[str, ...] = Field(min_length=1)
-    device: str | DeviceProfile | None = None
-
-
-class Cluster(Section):
-    """The devices. `fabric` has the devices of each all-to-all level, innermost first."""
-
-    device: str | DeviceProfile
-    supernodes: tuple[Supernode, ...] = Field(min_length=1)
-    fabric: dict[str, int] = Field(default_factory=dict)
-    pools: tuple[Pool, ...] = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Cluster:
-        names = [s.name for s in self.supernodes]
-        for what, given in (
-            ("supernode", names),
-            ("host", [h for s in self.supernodes for h in s.hosts or ()]),
-        ):
-            if twice := sorted({n for n in given if given.count(n) > 1}):
-                raise ValueError(f"{what} {twice[0]!r} is named twice")
-        for pool in self.pools:
-            if unknown := sorted(set(pool.supernodes) - set(names)):
-                raise ValueError(f"no supernode {unknown[0]!r}{did_you_mean(unknown[0], names)}")
-        for (inner, small), (outer, large) in pairwise([("a device", 1), *self.fabric.items()]):
-            if large < small or large % small:
-                raise ValueError(
-                    f"fabric: {outer} ({large}) must be a multiple of {inner} ({small})"
-                )
-        return self
-
-    @property
-    def n_devices(self) -> int:
-        """Devices of all supernodes."""
-        return sum(s.n_devices for s in self.supernodes)
-
-
-class Model(Section):
-    """The checkpoint: a folder or ``hf:org/name@revision``."""
-
-    checkpoint: str = Field(min_length=1)
-    name: str = Field(min_length=1)
-    reference: str | None = None
-
-
-class SLO(Section):
-    """What a request may take, in milliseconds."""
-
-    ttft_ms: float | None = Field(default=None, gt=0)
-    tpot_ms: float | None = Field(default=None, gt=0)
-
-
-class Serve(Section):
-    """How requests are served."""
-
-    max_model_len: int = Field(ge=1)
-    concurrency: int = Field(default=8, ge=1)
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    objective: Literal["throughput", "latency"] = "throughput"
-    slo: SLO = SLO()
-    api_keys: tuple[str, ...] = ()
-    n_draft_tokens: int = Field(default=0, ge=0)
-
-
 class ParallelConfig(Section):
     """Sizes of the parallel groups, in devices.
 
     ``world_size = pp * dp * cp * tp``, ranks ordered pp slowest, then dp, cp, tp fastest.
-    EP groups tile the ``dp * cp * tp`` devices of a stage.
+    EP groups tile the ``dp * cp * tp`` devices of a stage. `dsa_cp` splits the tokens, not the
+    heads, of sparse attention over the TP group. `n_redundant_experts` are further copies of
+    busy experts in each EP group.
     """
 
     pp_size: int = Field(default=1, ge=1)
@@ -118,6 +50,8 @@ class ParallelConfig(Section):
     cp_size: int = Field(default=1, ge=1)
     tp_size: int = Field(default=1, ge=1)
     ep_size: int = Field(default=1, ge=1)
+    dsa_cp: bool = False
+    n_redundant_experts: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -137,6 +71,118 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         """Devices of all stages."""
         return self.pp_size * self.stage_size
+
+
+class Pool(Section):
+    """Supernodes that serve one role; what is not given is the cluster's or `serve`'s."""
+
+    role: Literal["prefill", "decode"]
+    supernodes: tuple[str, ...] = Field(min_length=1)
+    device: str | DeviceProfile | None = None
+    layout: Literal["auto"] | ParallelConfig = "auto"
+    concurrency: int | None = Field(default=None, ge=1)
+    max_chunk: int | None = Field(default=None, ge=1)
+    memory_utilisation: float | None = Field(default=None, gt=0, le=1)
+    block_size: int | None = Field(default=None, ge=1)
+
+
+class GivenLink(Section):
+    """A link as the file's author knows it, instead of the profile's."""
+
+    bytes_per_s: float = Field(gt=0)
+    latency_s: float = Field(gt=0)
+
+
+class GivenLevel(GivenLink):
+    """A level of the fabric as the file's author knows it."""
+
+    n_devices: int = Field(ge=2)
+
+
+class Cluster(Section):
+    """The devices. `fabric` has the devices of each all-to-all level, innermost first."""
+
+    device: str | DeviceProfile
+    supernodes: tuple[Supernode, ...] = Field(min_length=1)
+    fabric: dict[str, int | GivenLevel] = Field(default_factory=dict)
+    inter: GivenLink | None = None
+    pools: tuple[Pool, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        names = [s.name for s in self.supernodes]
+        for what, given in (
+            ("supernode", names),
+            ("host", [h for s in self.supernodes for h in s.hosts or ()]),
+        ):
+            if twice := sorted({n for n in given if given.count(n) > 1}):
+                raise ValueError(f"{what} {twice[0]!r} is named twice")
+        for pool in self.pools:
+            if unknown := sorted(set(pool.supernodes) - set(names)):
+                raise ValueError(f"no supernode {unknown[0]!r}{did_you_mean(unknown[0], names)}")
+        members = [n for pool in self.pools for n in pool.supernodes]
+        if shared := sorted({n for n in members if members.count(n) > 1}):
+            raise ValueError(f"supernode {shared[0]!r} is in two pools")
+        if self.pools and {p.role for p in self.pools} != {"prefill", "decode"}:
+            raise ValueError("pools: there must be one for prefill and one for decode")
+        if len(self.pools) > 2:
+            raise ValueError(f"pools: {len(self.pools)} given, there can be one for each role")
+        check_levels(self.level_sizes)
+        return self
+
+    @property
+    def level_sizes(self) -> dict[str, int]:
+        """Devices of each level of the given fabric."""
+        return {
+            name: level if isinstance(level, int) else level.n_devices
+            for name, level in self.fabric.items()
+        }
+
+    @property
+    def n_devices(self) -> int:
+        """Devices of all supernodes."""
+        return sum(s.n_devices for s in self.supernodes)
+
+
+class Model(Section):
+    """The checkpoint: a folder or ``hf:org/name@revision``."""
+
+    checkpoint: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    reference: str | None = None
+    weight_format: Literal["auto"] | WeightFormat = "auto"
+
+
+class SLO(Section):
+    """What a request may take, in milliseconds."""
+
+    ttft_ms: float | None = Field(default=None, gt=0)
+    tpot_ms: float | None = Field(default=None, gt=0)
+
+
+class Workload(Section):
+    """A typical request, in tokens: what time and rates are estimated for."""
+
+    input_tokens: int = Field(default=8192, ge=1)
+    output_tokens: int = Field(default=1024, ge=1)
+
+
+class Serve(Section):
+    """How requests are served.
+
+    `memory_utilisation` is the part of a device's memory that may be used at all.
+    """
+
+    max_model_len: int = Field(ge=1)
+    concurrency: int = Field(default=8, ge=1)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    objective: Literal["throughput", "latency", "context", "devices"] = "throughput"
+    slo: SLO = SLO()
+    workload: Workload = Workload()
+    memory_utilisation: float = Field(default=0.92, gt=0, le=1)
+    api_keys: tuple[str, ...] = ()
+    n_draft_tokens: int = Field(default=0, ge=0)
 
 
 class Runtime(Section):
