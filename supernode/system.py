@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -75,31 +76,33 @@ class System:
         The group is `group_size` devices from `start` on, `stride` apart; the figures are the
         mean over its members.
         """
-        members = [start + stride * i for i in range(group_size)]
-        outer = [self.supernode_of(m) for m in (members[0], members[-1])]
+        members = [self._place(start + stride * i) for i in range(group_size)]
         hops, inside = [], 1.0
         for name, level in self.levels:
             together = _together(members, level.n_devices)
             if together > inside:
                 hops.append(Hop(name, together - inside, level))
                 inside = together
-        if inside < group_size and (self.inter is None or outer[0] == outer[1] and self.levels):
-            raise ConfigError("cluster.inter", _no_link(self, group_size))
-        if inside < group_size and self.inter is not None:
+        if inside < group_size:
+            if self.inter is None:
+                raise ConfigError(
+                    "cluster.inter",
+                    f"no link joins {group_size} devices of {self.profile.name}; "
+                    "give {bytes_per_s, latency_s}",
+                )
             hops.append(Hop("inter", group_size - inside, self.inter))
         return tuple(hops)
 
+    def _place(self, device: int) -> tuple[int, int]:
+        """Return a device's supernode and its number there."""
+        supernode = self.supernode_of(device)
+        return supernode, device - sum(self.supernode_sizes[:supernode])
 
-def _together(members: Sequence[int], size: int) -> float:
+
+def _together(members: Sequence[tuple[int, int]], size: int) -> float:
     """Mean number of members, itself included, in the same group of `size` devices."""
-    counts: dict[int, int] = {}
-    for m in members:
-        counts[m // size] = counts.get(m // size, 0) + 1
+    counts = Counter((supernode, local // size) for supernode, local in members)
     return sum(n * n for n in counts.values()) / len(members)
-
-
-def _no_link(system: System, group_size: int) -> str:
-    return f"nothing joins {group_size} devices of {system.profile.name}"
 
 
 def systems(topology: Topology) -> tuple[System, ...]:

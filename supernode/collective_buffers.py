@@ -1,0 +1,65 @@
+"""HCCL_BUFFSIZE: what the MoE's dispatch and combine need, and what all groups take together.
+
+Source: the constraints of aclnnMoeDistributeDispatchV2 and CombineV2 (ops-transformer), HCCL's
+own page on HCCL_BUFFSIZE: default 200 MB, every communicator allocates twice that.
+"""
+
+from __future__ import annotations
+
+from v4_ascend.config.devices import DeviceProfile
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.topology import ParallelConfig
+
+MB = 1024 * 1024
+DEFAULT_MB = 200
+MAX_TOKENS = {"a2": 256, "a3": 512, "950": 512}  # of one rank in one dispatch; more goes another way
+NCCL_BYTES = 400 * MB  # assumed: a few channels of 8 to 16 MB for each peer class
+
+
+def min_buffsize_mb(
+    config: ModelConfig, family: str, ep_size: int, n_local_experts: int, n_tokens: int
+) -> int:
+    """Return the least HCCL_BUFFSIZE, in MB, for `n_tokens` a rank brings to a dispatch."""
+    n, h, k = n_tokens, config.dim, config.n_activated_experts
+    if family == "a2":
+        need = 2 * (n * ep_size * min(n_local_experts, k) * h * 2 + 2 * MB)
+    else:
+        row = _align(_align(2 * h, 32) + 64, 512)
+        sent = n_local_experts * n * ep_size * row
+        back = (k + config.n_shared_experts) * n * _align(2 * h, 512)
+        need = 2 * (sent + back)
+    return max(DEFAULT_MB, -(-need // MB))
+
+
+def buffer_bytes(
+    config: ModelConfig,
+    profile: DeviceProfile,
+    parallel: ParallelConfig,
+    n_local_experts: int,
+    n_tokens: int,
+) -> int:
+    """Sum what the communicators of one rank allocate."""
+    if parallel.world_size == 1 or profile.kind == "cpu":
+        return 0
+    if profile.kind == "cuda":
+        return NCCL_BYTES * len(communicators(parallel))
+    total = 0
+    for name in communicators(parallel):
+        mb = DEFAULT_MB
+        if name == "ep":
+            capped = min(n_tokens, MAX_TOKENS[profile.family])
+            mb = min_buffsize_mb(config, profile.family, parallel.ep_size, n_local_experts, capped)
+        total += 2 * mb * MB
+    return total
+
+
+def communicators(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Name the groups a rank is in."""
+    p = parallel
+    sizes = {"world": p.world_size, "ep": p.ep_size, "tp": p.tp_size, "cp": p.cp_size}
+    names = [name for name, size in sizes.items() if size > 1]
+    return (*names, "pp") if p.pp_size > 1 else tuple(names)
+
+
+def _align(n: int, to: int) -> int:
+    return -(-n // to) * to
