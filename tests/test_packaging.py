@@ -56,7 +56,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         names = z.namelist()
         z.extractall(tmp_path / "site")
     assert {n.split("/")[0] for n in names} == {"v4_ascend", "v4_ascend-0.1.0.dist-info"}
-    for data in ("py.typed", "configs/topology/laptop.yaml", "runtime/verify_report.html"):
+    aclnn = "backends/mindspore/aclnn"
+    listed = ("py.typed", "configs/topology/laptop.yaml", "runtime/verify_report.html")
+    for data in (*listed, f"{aclnn}/v4_ops.cc", f"{aclnn}/interface.txt"):
         assert f"v4_ascend/{data}" in names
     # No editable install may help: it is found through the path alone.
     code = "import v4_ascend.ops, v4_ascend.cli; print(v4_ascend.ops.__file__)"

@@ -1,0 +1,2 @@
+#pragma once
+#include "hccl/hccl_types.h"

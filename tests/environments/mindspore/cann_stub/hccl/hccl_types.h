@@ -1,0 +1,5 @@
+#pragma once
+typedef void *HcclComm;
+enum HcclResult {};
+enum HcclReduceOp {};
+enum HcclDataType {};
