@@ -6,6 +6,7 @@ V4AscendError                1  the work failed
   KernelRegistrationError    1  two kernels of one name, or one with another signature
   ConfigError                2  a file, option or value is wrong; `where` says the place
     NotYetError              2  the key is known, its feature is not built yet
+    RankTableError           2  a rank table breaks rules of its version; `problems` has each
   RequestError               2  an API request is wrong (HTTP 400, or its own status)
   PlanError                  3  it does not fit, or no layout is legal
   BackendUnavailableError    4  the device or its library is not on this machine
@@ -59,6 +60,14 @@ class ConfigError(V4AscendError):
 
 class NotYetError(ConfigError):
     """The key is part of the schema; what it asks for is not built yet."""
+
+
+class RankTableError(ConfigError):
+    """A rank table breaks rules of its version; each of `problems` is ``file: where: what``."""
+
+    def __init__(self, file: str, problems: Sequence[str]) -> None:
+        super().__init__(file, f"\n{file}: ".join(problems))
+        self.problems = tuple(f"{file}: {p}" for p in problems)
 
 
 class RequestError(V4AscendError):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import bench, checkpoint, deploy, operators, parity
+from v4_ascend.cli import bench, checkpoint, deploy, operators, parity, ranktable
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ checkpoint.register(app)
 deploy.register(app)
 operators.register(app)
 parity.register(app)
+ranktable.register(app)
 
 
 def _print_version(wanted: bool) -> None:
