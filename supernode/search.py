@@ -1,0 +1,345 @@
+"""Every legal layout of a model on a system, judged; the best by an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import gcd
+from typing import Literal
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.topology import ParallelConfig, Workload
+from v4_ascend.supernode.calibration import constants
+from v4_ascend.supernode.cost import Load
+from v4_ascend.supernode.memory import MemoryModel, Serving, StageMemory
+from v4_ascend.supernode.rules import Broken, Candidate, Rule, applicable, first_broken
+from v4_ascend.supernode.stages import balance
+from v4_ascend.supernode.system import System
+from v4_ascend.supernode.timing import Bound, StepTime, TimeModel
+
+Objective = Literal["throughput", "latency", "context", "devices"]
+ASSUMED_IMBALANCE = 1.2  # of routed tokens over ranks, without a load trace
+# Draft tokens kept in a step: cann-recipes states 0.7 of 1 and 1.44 of 3 for V4's MTP.
+ACCEPTED = {0: 0.0, 1: 0.7, 2: 1.12, 3: 1.44}
+BATCHES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the layout is for. Times in milliseconds."""
+
+    concurrency: int
+    objective: Objective
+    workload: Workload
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    imbalance: float = ASSUMED_IMBALANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """Modelled times of a layout at a batch. Milliseconds, and tokens per second in all."""
+
+    tpot_ms: float
+    ttft_ms: float
+    tokens_per_s: float
+    step: StepTime
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A legal layout at the batch that serves the objective best."""
+
+    parallel: ParallelConfig
+    layers: tuple[tuple[int, int], ...]
+    memory: tuple[StageMemory, ...]
+    batch: int
+    predicted: Predicted
+    meets_slo: bool
+    n_idle: int
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of the longest request beside the other running ones."""
+        return min(m.n_blocks for m in self.memory) * 128
+
+    def n_full(self, n_tokens: int) -> int:
+        """Requests of full length the whole layout holds at once."""
+        return self.parallel.dp_size * min(m.n_requests(n_tokens) for m in self.memory)
+
+
+@dataclass
+class Rejected:
+    """Layouts a rule refuses: how many, and some with their numbers."""
+
+    rule: Rule
+    count: int = 0
+    examples: list[tuple[ParallelConfig, str]] = field(default_factory=list)
+
+    def add(self, parallel: ParallelConfig, numbers: str) -> None:
+        """Count one more; the first few are kept."""
+        self.count += 1
+        if len(self.examples) < 6:
+            self.examples.append((parallel, numbers))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: legal layouts, best first, and the rest with reasons."""
+
+    choices: tuple[Choice, ...]
+    rejected: tuple[Rejected, ...]
+    n_judged: int
+
+
+MEMORY_RULE = Rule(
+    id="M1",
+    code="E-MEMORY",
+    kind="reject",
+    text="weights, overheads, the state of all running requests and one full-length request "
+    "must fit",
+    source="memory model (docs/planning.md)",
+    date="2026-11-24",
+)
+SLO_RULE = Rule(
+    id="S1",
+    code="N-SLO",
+    kind="note",
+    text="no batch meets the stated latency in the model's estimate",
+    source="time model (v4-ascend plan calibration)",
+    date="2026-11-24",
+)
+
+
+class Search:
+    """Judges layouts of one model on one system for one demand."""
+
+    def __init__(
+        self, config: ModelConfig, system: System, serving: Serving, demand: Demand
+    ) -> None:
+        self.config, self.system, self.serving, self.demand = config, system, serving, demand
+        self.memory = MemoryModel(config, system.profile, serving)
+        self.rules = applicable(system, serving)
+        self._rejected: dict[str, Rejected] = {}
+        self._n_judged = 0
+
+    def run(self, layout: ParallelConfig | None = None) -> Found:
+        """Judge all layouts, or one; legal ones come best first."""
+        choices = []
+        for parallel in self._layouts() if layout is None else [layout]:
+            self._n_judged += 1
+            if (choice := self.judge(parallel)) is not None:
+                choices.append(choice)
+        choices.sort(key=self._rank)
+        rejected = sorted(self._rejected.values(), key=lambda r: -r.count)
+        return Found(tuple(choices), tuple(rejected), self._n_judged)
+
+    def judge(self, parallel: ParallelConfig) -> Choice | None:
+        """Return the layout at its best batch, or record why it is not legal."""
+        broken = first_broken(
+            Candidate(self.config, self.system, self.serving, parallel), self.rules
+        )
+        if broken is not None:
+            self._refuse(parallel, broken)
+            return None
+        least = -(-self.demand.concurrency // parallel.dp_size)
+        layers = self._layers(parallel, least)
+        memory = self._stages(parallel, layers, least)
+        if not all(m.fits(self.serving.max_model_len) for m in memory):
+            self._refuse(parallel, Broken(MEMORY_RULE, self._shortage(layers, memory)))
+            return None
+        return self._at_best_batch(parallel, layers, least)
+
+    def layouts(self) -> Iterator[ParallelConfig]:
+        """Enumerate what is judged."""
+        return self._layouts()
+
+    def predict(
+        self,
+        parallel: ParallelConfig,
+        layers: tuple[tuple[int, int], ...],
+        batch: int,
+        bound: Bound = "value",
+    ) -> Predicted:
+        """Estimate times at `batch` running requests of each DP group."""
+        model = self._time(parallel, bound)
+        step = self._decode(model, layers, batch)
+        tpot_s = step.total / (1 + self._accepted)
+        ttft_s = self._prefill_s(model, layers) if self.system.role != "decode" else 0.0
+        work, out = self.demand.workload, self.demand.workload.output_tokens
+        if self.system.role == "prefill":
+            rate = parallel.dp_size * work.input_tokens / ttft_s
+        else:
+            # Prefills of the running requests take their share of the same devices.
+            cycle = out * tpot_s + batch * ttft_s
+            rate = parallel.dp_size * batch * out / cycle
+        return Predicted(1e3 * tpot_s, 1e3 * (ttft_s + step.total), rate, step)
+
+    def _layouts(self) -> Iterator[ParallelConfig]:
+        n, c = self.system.n_devices, self.config
+        sizes = [s for s in (1, 2, 4, 8, 16, 32) if s <= n]
+        seen = set()
+        for pp in [p for p in sizes if p <= c.n_layers]:
+            for tp in [t for t in sizes if t <= 16]:
+                for cp in sizes if self.system.role == "prefill" else sizes[:2]:
+                    room = n // (pp * tp * cp)
+                    for ep in self._ep_sizes(room * tp * cp):
+                        unit = ep // gcd(ep, tp * cp)
+                        for dp in {room - room % unit, unit}:
+                            for dsa_cp in (False, True) if tp > 1 else (False,):
+                                key = (pp, dp, cp, tp, ep, dsa_cp)
+                                if dp >= 1 and dp <= room and key not in seen:
+                                    seen.add(key)
+                                    yield ParallelConfig(
+                                        pp_size=pp, dp_size=dp, cp_size=cp, tp_size=tp,
+                                        ep_size=ep, dsa_cp=dsa_cp,
+                                    )  # fmt: skip
+
+    def _ep_sizes(self, most: int) -> list[int]:
+        n = self.config.n_routed_experts
+        return [e for e in range(1, min(n, most) + 1) if n % e == 0]
+
+    def _refuse(self, parallel: ParallelConfig, broken: Broken) -> None:
+        entry = self._rejected.setdefault(broken.rule.id, Rejected(broken.rule))
+        entry.add(parallel, broken.numbers)
+
+    def _layers(self, parallel: ParallelConfig, batch: int) -> tuple[tuple[int, int], ...]:
+        c, pp = self.config, parallel.pp_size
+        if pp == 1:
+            return ((0, c.n_layers),)
+        model, load = self._time(parallel), self._load(parallel, max(1, batch // pp))
+        kinds = {}
+        for i in range(c.n_layers):
+            kind = (c.compress_ratios[i], i < c.n_hash_layers)
+            kinds.setdefault(kind, model.layer_s(i, load))
+        costs = [
+            kinds[c.compress_ratios[i], i < c.n_hash_layers] for i in range(c.n_layers)
+        ]
+        last = model.head_s(load)
+        if self.serving.n_draft_tokens and c.n_mtp_layers:
+            last += self.serving.n_draft_tokens * (model.layer_s(c.n_layers, load) + last)
+        return balance(costs, pp, 0.0, last)
+
+    def _stages(
+        self, parallel: ParallelConfig, layers: tuple[tuple[int, int], ...], batch: int
+    ) -> tuple[StageMemory, ...]:
+        return tuple(self.memory.stage(parallel, r, batch) for r in layers)
+
+    def _shortage(
+        self, layers: tuple[tuple[int, int], ...], memory: tuple[StageMemory, ...]
+    ) -> str:
+        i, worst = min(enumerate(memory), key=lambda p: p[1].free)
+        request = -(-self.serving.max_model_len // 128) * worst.per_block
+        stage = f"stage {i} (layers {layers[i][0]} to {layers[i][1] - 1}): " if i else ""
+        return (
+            f"{stage}{worst.fixed / 1e9:.1f} GB + one request of {request / 1e9:.2f} GB, "
+            f"{worst.available / 1e9:.1f} GB may be used; the largest term is "
+            f"{worst.binding_term}, {worst.terms[worst.binding_term] / 1e9:.1f} GB"
+        )
+
+    def _at_best_batch(
+        self, parallel: ParallelConfig, layers: tuple[tuple[int, int], ...], least: int
+    ) -> Choice:
+        best: Choice | None = None
+        for batch in (least, *(b for b in BATCHES if b > least)):
+            if batch > least and self.demand.objective != "throughput":
+                break
+            memory = self._stages(parallel, layers, batch)
+            if batch > least and not self._holds(memory, batch):
+                break
+            predicted = self.predict(parallel, layers, batch)
+            choice = Choice(
+                parallel=parallel,
+                layers=layers,
+                memory=memory,
+                batch=batch,
+                predicted=predicted,
+                meets_slo=self._meets(predicted),
+                n_idle=self.system.n_devices - parallel.world_size,
+            )
+            if best is None or self._rank(choice) < self._rank(best):
+                best = choice
+            elif not choice.meets_slo:
+                break  # more requests only take longer
+        if best is None:
+            raise AssertionError("the least batch was judged legal")
+        return best
+
+    def _holds(self, memory: tuple[StageMemory, ...], batch: int) -> bool:
+        """Beyond the asked concurrency, requests must fit at their typical length."""
+        work = self.demand.workload
+        typical = work.input_tokens + work.output_tokens
+        return all(
+            m.fits(self.serving.max_model_len) and m.n_requests(typical) >= batch for m in memory
+        )
+
+    def _meets(self, p: Predicted) -> bool:
+        d = self.demand
+        return (d.tpot_ms is None or self.system.role == "prefill" or p.tpot_ms <= d.tpot_ms) and (
+            d.ttft_ms is None or self.system.role == "decode" or p.ttft_ms <= d.ttft_ms
+        )
+
+    def _rank(self, c: Choice) -> tuple[float, ...]:
+        p, missed = c.predicted, float(not c.meets_slo)
+        time = p.ttft_ms if self.system.role == "prefill" else p.tpot_ms
+        match self.demand.objective:
+            case "throughput":
+                return (missed, -p.tokens_per_s, c.parallel.world_size)
+            case "latency":
+                return (missed, time, c.parallel.world_size)
+            case "context":
+                return (missed, -c.max_context, time)
+            case "devices":
+                return (missed, c.parallel.world_size, -p.tokens_per_s)
+
+    @cached_property
+    def _accepted(self) -> float:
+        n = self.serving.n_draft_tokens
+        return ACCEPTED.get(n, ACCEPTED[3])
+
+    def _time(self, parallel: ParallelConfig, bound: Bound = "value") -> TimeModel:
+        return TimeModel(self.memory, self.system, parallel, constants(), bound)
+
+    def _load(self, parallel: ParallelConfig, batch: int) -> Load:
+        work = self.demand.workload
+        tokens = batch * (1 + self.serving.n_draft_tokens)
+        n_groups = max(1, parallel.ep_size // (parallel.tp_size * parallel.cp_size))
+        return Load(
+            n_tokens=tokens,
+            n_requests=batch,
+            context=work.input_tokens + work.output_tokens // 2,
+            n_group_tokens=tokens * n_groups,
+            imbalance=self.demand.imbalance if parallel.ep_size > 1 else 1.0,
+        )
+
+    def _decode(
+        self, model: TimeModel, layers: tuple[tuple[int, int], ...], batch: int
+    ) -> StepTime:
+        """Time a step; with stages, micro-batches follow each other and the slowest one rules."""
+        pp = len(layers)
+        load = self._load(model.p, -(-batch // pp))
+        drafts = self.serving.n_draft_tokens
+        stages = [model.stage(r, load, n_draft_passes=drafts) for r in layers]
+        if pp == 1:
+            return stages[0]
+        slowest = max(stages, key=lambda s: s.total)
+        boundary = pp * model.boundary_s(load.n_tokens)
+        parts = {name: pp * s for name, s in slowest.parts.items()}
+        return StepTime(parts | {"stage boundaries": boundary})
+
+    def _prefill_s(self, model: TimeModel, layers: tuple[tuple[int, int], ...]) -> float:
+        work, p = self.demand.workload, model.p
+        chunk = min(self.serving.max_chunk, work.input_tokens)
+        n_chunks = -(-work.input_tokens // chunk)
+        tokens = -(-chunk // p.cp_size)
+        load = Load(
+            n_tokens=tokens,
+            n_requests=1,
+            context=work.input_tokens // 2,
+            n_group_tokens=tokens * max(1, p.ep_size // p.tp_size),
+            imbalance=self.demand.imbalance if p.ep_size > 1 else 1.0,
+            is_prefill=True,
+        )
+        slowest = max(model.stage(r, load).total for r in layers) + model.boundary_s(tokens)
+        return (n_chunks + len(layers) - 1) * slowest

@@ -1,0 +1,199 @@
+"""From bytes and operations to milliseconds: a roofline, and overheads fitted to published runs.
+
+Every figure is *modelled*. The constants are in configs/calibration.yaml with the rows they were
+fitted to; `v4-ascend plan calibration` shows how far they are off on rows they have not seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from v4_ascend.config.devices import DeviceProfile, Figure
+from v4_ascend.config.topology import ParallelConfig
+from v4_ascend.supernode.cost import ACT, CostModel, Load, OpCost, Part
+from v4_ascend.supernode.memory import MemoryModel
+from v4_ascend.supernode.system import System
+
+Bound = Literal["low", "value", "high"]
+# Vector units: the FP16 rate over the BF16 cube rate of the same chips, about 1 to 8.
+VECTOR_SHARE = 1 / 8
+ASSUMED_EFFICIENCY = 0.5  # of families no published run was fitted for
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What is fitted: parts of the profile's rates, and seconds a kernel takes at least.
+
+    The cube's part has one value for 950 and one for the 910 generation (A2, A3).
+    """
+
+    memory_efficiency: float
+    cube_efficiency_950: float
+    cube_efficiency_910: float
+    kernel_s: float
+
+    def compute_efficiency(self, family: str) -> float:
+        """Return the part of the cube's rate a family reaches."""
+        return {
+            "950": self.cube_efficiency_950,
+            "a2": self.cube_efficiency_910,
+            "a3": self.cube_efficiency_910,
+        }.get(family, ASSUMED_EFFICIENCY)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step of one stage, by part."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(self.parts.values())
+
+
+class TimeModel:
+    """Times steps of one layout on one system."""
+
+    def __init__(
+        self,
+        memory: MemoryModel,
+        system: System,
+        parallel: ParallelConfig,
+        constants: Constants,
+        bound: Bound = "value",
+    ) -> None:
+        self.memory, self.system, self.p = memory, system, parallel
+        self.constants, self.bound = constants, bound
+        self.cost = CostModel(memory, parallel)
+        self.profile: DeviceProfile = system.profile
+        self._bandwidth = self.profile.memory_bytes_per_s.value * constants.memory_efficiency
+        self._efficiency = constants.compute_efficiency(self.profile.family)
+
+    def stage(self, layers: tuple[int, int], load: Load, *, n_draft_passes: int = 0) -> StepTime:
+        """Time one stage on `layers`; the last one has head and drafter."""
+        c = self.memory.config
+        parts: dict[str, float] = {}
+        counted: dict[tuple[int, bool], int] = {}
+        for layer in range(*layers):
+            kind = (c.compress_ratios[layer], layer < c.n_hash_layers)
+            counted[kind] = counted.get(kind, 0) + 1
+        for (ratio, is_hash), n in counted.items():
+            layer = self._representative(ratio, is_hash)
+            self._add(parts, layer, load, n)
+        if layers[1] == c.n_layers:
+            self._put(parts, self.cost.head(load), 1)
+            if n_draft_passes and c.n_mtp_layers:
+                draft = replace(
+                    load,
+                    n_tokens=load.n_requests,
+                    n_group_tokens=max(1, load.n_group_tokens * load.n_requests // load.n_tokens),
+                )
+                drafted: dict[str, float] = {}
+                self._add(drafted, c.n_layers, draft, n_draft_passes)
+                self._put(drafted, self.cost.head(draft), n_draft_passes)
+                parts["drafter"] = sum(drafted.values())
+        return StepTime(parts)
+
+    def layer_s(self, layer: int, load: Load) -> float:
+        """Seconds of one layer, its collectives included."""
+        parts: dict[str, float] = {}
+        self._add(parts, layer, load, 1)
+        return sum(parts.values())
+
+    def head_s(self, load: Load) -> float:
+        """Seconds of the output head."""
+        return self._op_s(self.cost.head(load))
+
+    def boundary_s(self, n_tokens: int) -> float:
+        """Seconds a stage's streams take to the next stage: hc_mult * dim values a token."""
+        if self.p.pp_size == 1:
+            return 0.0
+        c = self.memory.config
+        hop = self.system.hops(2, self.p.stage_size)[-1]
+        rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
+        return latency + n_tokens * c.hc_mult * c.dim * ACT / rate
+
+    def _representative(self, ratio: int, is_hash: bool) -> int:
+        c = self.memory.config
+        return next(
+            i
+            for i in range(c.n_layers)
+            if (c.compress_ratios[i], i < c.n_hash_layers) == (ratio, is_hash)
+        )
+
+    def _add(self, parts: dict[str, float], layer: int, load: Load, times: int) -> None:
+        for op in self.cost.layer(layer, load):
+            self._put(parts, op, times)
+        if self.p.ep_size > 1:
+            s = self._exchange_s(load)
+            parts["dispatch and combine"] = parts.get("dispatch and combine", 0.0) + times * s
+        if self.p.tp_size > 1:
+            s = self._tp_s(load)
+            parts["tensor parallel"] = parts.get("tensor parallel", 0.0) + times * s
+
+    def _put(self, parts: dict[str, float], op: OpCost, times: int) -> None:
+        part: Part = op.part
+        parts[part] = parts.get(part, 0.0) + times * self._op_s(op)
+
+    def _op_s(self, op: OpCost) -> float:
+        move = op.n_bytes / self._bandwidth
+        compute = op.flops / (self._rates[op.unit] * self._efficiency)
+        return max(move, compute) + op.n_kernels * self.constants.kernel_s
+
+    @cached_property
+    def _rates(self) -> dict[str, float]:
+        p = self.profile
+        bf16 = self._figure(p.bf16_flops or p.fp32_flops)
+        fast = p.fp8_flops or p.int8_flops
+        dense = fast if fast and self.memory.serving.weight_format != "bf16" else None
+        return {
+            "vector": bf16 * VECTOR_SHARE,
+            "bf16": bf16,
+            "dense": self._figure(dense) if dense else bf16,
+        }
+
+    def _exchange_s(self, load: Load) -> float:
+        """Seconds of dispatch and combine: a token goes once to each rank that has its experts."""
+        c, ep = self.memory.config, self.p.ep_size
+        reached = ep * (1 - (1 - 1 / ep) ** c.n_activated_experts)
+        n = load.n_tokens / (self.p.tp_size if self.p.dsa_cp else 1) * load.imbalance
+        sent = n * reached * c.dim
+        quantised = 1 if self.memory.serving.weight_format != "bf16" else ACT
+        return self._all_to_all_s(sent * quantised) + self._all_to_all_s(sent * ACT)
+
+    @cached_property
+    def _ep_hops(self) -> tuple[tuple[float, float, float], ...]:
+        """Share of traffic, bytes per second and latency of each level an EP group spans."""
+        hops = self.system.hops(self.p.ep_size)
+        n = self.p.ep_size
+        return tuple(
+            (h.n_peers / n, self._figure(h.link.bytes_per_s), h.link.latency_s.value)
+            for h in hops
+        )
+
+    def _all_to_all_s(self, n_bytes: float) -> float:
+        return max(
+            (latency + n_bytes * share / rate for share, rate, latency in self._ep_hops),
+            default=0.0,
+        ) + self.constants.kernel_s
+
+    def _tp_s(self, load: Load) -> float:
+        """Seconds of one all-gather and one reduce-scatter of the hidden state."""
+        c, tp = self.memory.config, self.p.tp_size
+        hop = self.system.hops(tp)[-1]
+        rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
+        once = latency + load.n_tokens * c.dim * ACT * (tp - 1) / tp / rate
+        return 2 * (once + self.constants.kernel_s)
+
+    def _figure(self, figure: Figure | None) -> float:
+        if figure is None:
+            raise ValueError(f"{self.profile.name} has no rate for this model")
+        if self.bound == "low":
+            return figure.low or figure.value
+        if self.bound == "high":
+            return figure.high or figure.value
+        return figure.value
