@@ -12,7 +12,11 @@ from v4_ascend.config.topology import ParallelConfig
 
 MB = 1024 * 1024
 DEFAULT_MB = 200
-MAX_TOKENS = {"a2": 256, "a3": 512, "950": 512}  # of one rank in one dispatch; more goes another way
+MAX_TOKENS = {
+    "a2": 256,
+    "a3": 512,
+    "950": 512,
+}  # of one rank in one dispatch; more goes another way
 NCCL_BYTES = 400 * MB  # assumed: a few channels of 8 to 16 MB for each peer class
 
 

@@ -102,9 +102,7 @@ class CostModel:
         if ratio == 4:
             yield from self._indexer(w.replicated["indexer"], rows.visible, own, load)
 
-    def _indexer(
-        self, weight: int, visible: float, own: float, load: Load
-    ) -> Iterator[OpCost]:
+    def _indexer(self, weight: int, visible: float, own: float, load: Load) -> Iterator[OpCost]:
         c = self.config
         width = c.index_n_heads * c.index_head_dim
         yield OpCost(
@@ -117,9 +115,7 @@ class CostModel:
         )
         cached = load.n_requests if load.is_prefill else own
         keys = cached * visible * self.memory.records.index
-        yield OpCost(
-            "index_select", "indexer", keys, 2 * own * width * visible, "dense", 2
-        )
+        yield OpCost("index_select", "indexer", keys, 2 * own * width * visible, "dense", 2)
 
     def _experts(self, layer: int, load: Load) -> Iterator[OpCost]:
         c = self.config

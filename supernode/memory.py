@@ -112,7 +112,8 @@ class MemoryModel:
         self.drafts = serving.n_draft_tokens > 0
         self.window_rows = window_rows(config, serving)
         self.available = int(profile.memory_bytes.value * serving.utilisation)
-        self._overhead = {
+        self._weighed: dict[tuple[object, ...], dict[str, int]] = {}
+        self._overhead: dict[str, int] = {
             o.term: int(o.bytes.value) for o in overheads() if o.family == profile.family
         }
 
@@ -133,7 +134,12 @@ class MemoryModel:
             else []
         )
         caching = [*own, *drafting[: c.n_mtp_layers]]
-        terms = self._weights(p, [*own, *drafting], is_first=layers[0] == 0, is_last=is_last)
+        key = (p.tp_size, self.local_experts(p), layers)
+        if key not in self._weighed:
+            self._weighed[key] = self._weights(
+                p, [*own, *drafting], is_first=layers[0] == 0, is_last=is_last
+            )
+        terms = dict(self._weighed[key])
         per_request = window_bytes(c, self.records, caching, self.window_rows)
         per_request += state_bytes(c, own)
         terms["request state"] = concurrency * per_request

@@ -9,12 +9,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from v4_ascend.config.devices import device_profile
+from v4_ascend.config.devices import DeviceProfile, device_profile
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError, NotYetError
 
 Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
+Role = Literal["both", "prefill", "decode"]
 BACKEND_OF_KIND: dict[str, Backend] = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 
 
@@ -23,12 +24,17 @@ class _Frozen(BaseModel):
 
 
 class Rank(_Frozen):
-    """What one rank holds: half-open ranges of layers and of routed experts."""
+    """What one rank holds: half-open ranges of layers and of routed experts.
+
+    `device` is its number on the host. `copies` are redundant experts beside its own.
+    """
 
     rank: int
     host: str
+    device: int = 0
     layers: tuple[int, int]
     experts: tuple[int, int]
+    copies: tuple[int, ...] = ()
 
 
 class Plan(_Frozen):
@@ -36,6 +42,7 @@ class Plan(_Frozen):
 
     schema_version: Literal[1] = 1
     name: str
+    role: Role = "both"
     device: str
     backend: Backend
     chip: str | None
@@ -110,22 +117,36 @@ def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
             f"serve.max_model_len ({serve.max_model_len}) exceeds what the model is made for "
             f"({config.max_seq_len})",
         )
-    profile = device_profile(t.cluster.device, t.where("cluster.device"))
-    of_device = BACKEND_OF_KIND[profile.kind]
     hosts = t.cluster.supernodes[0].hosts or ("localhost",)
     rank = Rank(
         rank=0, host=hosts[0], layers=(0, config.n_layers), experts=(0, config.n_routed_experts)
     )
+    return plan_of(t, ParallelConfig(), (rank,))
+
+
+def plan_of(
+    topology: Topology,
+    parallel: ParallelConfig,
+    ranks: tuple[Rank, ...],
+    profile: DeviceProfile | None = None,
+    role: Role = "both",
+) -> Plan:
+    """Join a layout and its ranks with what the topology says about serving."""
+    t, serve = topology, topology.serve
+    if profile is None:
+        profile = device_profile(t.cluster.device, t.where("cluster.device"))
+    of_device = BACKEND_OF_KIND[profile.kind]
     return Plan(
         name=t.name,
+        role=role,
         device=profile.name,
         backend=of_device if t.runtime.backend == "auto" else t.runtime.backend,
         chip=profile.soc,
         emulated=profile.emulated,
         checkpoint=t.model.checkpoint,
         model_name=t.model.name,
-        parallel=ParallelConfig(),
-        ranks=(rank,),
+        parallel=parallel,
+        ranks=ranks,
         host=serve.host,
         port=serve.port,
         max_model_len=serve.max_model_len,

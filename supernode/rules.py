@@ -242,7 +242,9 @@ def _experts_in_dispatch(c: Candidate, r: Rule) -> str | None:
 @_check
 def _format_supported(c: Candidate, r: Rule) -> str | None:
     fmt, known = c.serving.weight_format, c.system.profile.weight_formats
-    return f"{fmt} on {c.system.profile.name}, which takes {list(known)}" if fmt not in known else None
+    return (
+        f"{fmt} on {c.system.profile.name}, which takes {list(known)}" if fmt not in known else None
+    )
 
 
 @_check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,17 +72,22 @@ class Choice:
 
 @dataclass
 class Rejected:
-    """Layouts a rule refuses: how many, and some with their numbers."""
+    """Layouts a rule refuses: how many, and the nearest misses with their numbers."""
 
     rule: Rule
     count: int = 0
-    examples: list[tuple[ParallelConfig, str]] = field(default_factory=list)
+    nearest: list[tuple[float, int, ParallelConfig, str]] = field(default_factory=list)
 
-    def add(self, parallel: ParallelConfig, numbers: str) -> None:
-        """Count one more; the first few are kept."""
+    def add(self, parallel: ParallelConfig, numbers: str, distance: float = 0.0) -> None:
+        """Count one more; the nearest few are kept, in the order they came where equal."""
         self.count += 1
-        if len(self.examples) < 6:
-            self.examples.append((parallel, numbers))
+        bisect.insort(self.nearest, (distance, self.count, parallel, numbers), key=lambda n: n[:2])
+        del self.nearest[6:]
+
+    @property
+    def examples(self) -> list[tuple[ParallelConfig, str]]:
+        """Layouts with the numbers that refused them, nearest first."""
+        return [(parallel, numbers) for _, _, parallel, numbers in self.nearest]
 
 
 @dataclass(frozen=True)
@@ -102,14 +108,6 @@ MEMORY_RULE = Rule(
     source="memory model (docs/planning.md)",
     date="2026-11-24",
 )
-SLO_RULE = Rule(
-    id="S1",
-    code="N-SLO",
-    kind="note",
-    text="no batch meets the stated latency in the model's estimate",
-    source="time model (v4-ascend plan calibration)",
-    date="2026-11-24",
-)
 
 
 class Search:
@@ -123,6 +121,7 @@ class Search:
         self.rules = applicable(system, serving)
         self._rejected: dict[str, Rejected] = {}
         self._n_judged = 0
+        self._timed: TimeModel | None = None  # of the layout judged last
 
     def run(self, layout: ParallelConfig | None = None) -> Found:
         """Judge all layouts, or one; legal ones come best first."""
@@ -147,13 +146,10 @@ class Search:
         layers = self._layers(parallel, least)
         memory = self._stages(parallel, layers, least)
         if not all(m.fits(self.serving.max_model_len) for m in memory):
-            self._refuse(parallel, Broken(MEMORY_RULE, self._shortage(layers, memory)))
+            short = -min(m.free for m in memory)
+            self._refuse(parallel, Broken(MEMORY_RULE, self._shortage(layers, memory)), short)
             return None
         return self._at_best_batch(parallel, layers, least)
-
-    def layouts(self) -> Iterator[ParallelConfig]:
-        """Enumerate what is judged."""
-        return self._layouts()
 
     def predict(
         self,
@@ -200,22 +196,20 @@ class Search:
         n = self.config.n_routed_experts
         return [e for e in range(1, min(n, most) + 1) if n % e == 0]
 
-    def _refuse(self, parallel: ParallelConfig, broken: Broken) -> None:
+    def _refuse(self, parallel: ParallelConfig, broken: Broken, distance: float = 0.0) -> None:
         entry = self._rejected.setdefault(broken.rule.id, Rejected(broken.rule))
-        entry.add(parallel, broken.numbers)
+        entry.add(parallel, broken.numbers, distance)
 
     def _layers(self, parallel: ParallelConfig, batch: int) -> tuple[tuple[int, int], ...]:
         c, pp = self.config, parallel.pp_size
         if pp == 1:
             return ((0, c.n_layers),)
         model, load = self._time(parallel), self._load(parallel, max(1, batch // pp))
-        kinds = {}
+        kinds: dict[tuple[int, bool], float] = {}
         for i in range(c.n_layers):
             kind = (c.compress_ratios[i], i < c.n_hash_layers)
             kinds.setdefault(kind, model.layer_s(i, load))
-        costs = [
-            kinds[c.compress_ratios[i], i < c.n_hash_layers] for i in range(c.n_layers)
-        ]
+        costs = [kinds[c.compress_ratios[i], i < c.n_hash_layers] for i in range(c.n_layers)]
         last = model.head_s(load)
         if self.serving.n_draft_tokens and c.n_mtp_layers:
             last += self.serving.n_draft_tokens * (model.layer_s(c.n_layers, load) + last)
@@ -299,7 +293,9 @@ class Search:
         return ACCEPTED.get(n, ACCEPTED[3])
 
     def _time(self, parallel: ParallelConfig, bound: Bound = "value") -> TimeModel:
-        return TimeModel(self.memory, self.system, parallel, constants(), bound)
+        if self._timed is None or (self._timed.p, self._timed.bound) != (parallel, bound):
+            self._timed = TimeModel(self.memory, self.system, parallel, constants(), bound)
+        return self._timed
 
     def _load(self, parallel: ParallelConfig, batch: int) -> Load:
         work = self.demand.workload

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from v4_ascend.config.devices import DeviceProfile, Figure, Level, Link, device_profile
 from v4_ascend.config.topology import GivenLevel, GivenLink, Pool, Supernode, Topology
 from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.plan import Role
 
 GIVEN = "the topology file"
 
@@ -31,7 +32,7 @@ class System:
     """
 
     profile: DeviceProfile
-    role: str
+    role: Role
     hosts: tuple[str, ...]
     devices_per_host: int
     supernode_sizes: tuple[int, ...]
@@ -122,7 +123,7 @@ def systems(topology: Topology) -> tuple[System, ...]:
 
 
 def _system(
-    topology: Topology, members: tuple[Supernode, ...], role: str, pool: Pool | None
+    topology: Topology, members: tuple[Supernode, ...], role: Role, pool: Pool | None
 ) -> System:
     where = topology.where("cluster.supernodes")
     device = pool.device if pool and pool.device is not None else topology.cluster.device

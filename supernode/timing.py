@@ -70,6 +70,7 @@ class TimeModel:
         self.constants, self.bound = constants, bound
         self.cost = CostModel(memory, parallel)
         self.profile: DeviceProfile = system.profile
+        self._timed: dict[tuple[tuple[int, bool], Load], dict[str, float]] = {}
         self._bandwidth = self.profile.memory_bytes_per_s.value * constants.memory_efficiency
         self._efficiency = constants.compute_efficiency(self.profile.family)
 
@@ -81,9 +82,9 @@ class TimeModel:
         for layer in range(*layers):
             kind = (c.compress_ratios[layer], layer < c.n_hash_layers)
             counted[kind] = counted.get(kind, 0) + 1
-        for (ratio, is_hash), n in counted.items():
-            layer = self._representative(ratio, is_hash)
-            self._add(parts, layer, load, n)
+        for kind, n in counted.items():
+            for part, s in self._kind_parts(kind, load).items():
+                parts[part] = parts.get(part, 0.0) + n * s
         if layers[1] == c.n_layers:
             self._put(parts, self.cost.head(load), 1)
             if n_draft_passes and c.n_mtp_layers:
@@ -117,13 +118,15 @@ class TimeModel:
         rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
         return latency + n_tokens * c.hc_mult * c.dim * ACT / rate
 
-    def _representative(self, ratio: int, is_hash: bool) -> int:
-        c = self.memory.config
-        return next(
-            i
-            for i in range(c.n_layers)
-            if (c.compress_ratios[i], i < c.n_hash_layers) == (ratio, is_hash)
-        )
+    def _kind_parts(self, kind: tuple[int, bool], load: Load) -> dict[str, float]:
+        """Time one layer of a kind, once for each load."""
+        if (kind, load) not in self._timed:
+            c = self.memory.config
+            kinds = [(c.compress_ratios[i], i < c.n_hash_layers) for i in range(c.n_layers)]
+            parts: dict[str, float] = {}
+            self._add(parts, kinds.index(kind), load, 1)
+            self._timed[kind, load] = parts
+        return self._timed[kind, load]
 
     def _add(self, parts: dict[str, float], layer: int, load: Load, times: int) -> None:
         for op in self.cost.layer(layer, load):
@@ -171,15 +174,17 @@ class TimeModel:
         hops = self.system.hops(self.p.ep_size)
         n = self.p.ep_size
         return tuple(
-            (h.n_peers / n, self._figure(h.link.bytes_per_s), h.link.latency_s.value)
-            for h in hops
+            (h.n_peers / n, self._figure(h.link.bytes_per_s), h.link.latency_s.value) for h in hops
         )
 
     def _all_to_all_s(self, n_bytes: float) -> float:
-        return max(
-            (latency + n_bytes * share / rate for share, rate, latency in self._ep_hops),
-            default=0.0,
-        ) + self.constants.kernel_s
+        return (
+            max(
+                (latency + n_bytes * share / rate for share, rate, latency in self._ep_hops),
+                default=0.0,
+            )
+            + self.constants.kernel_s
+        )
 
     def _tp_s(self, load: Load) -> float:
         """Seconds of one all-gather and one reduce-scatter of the hidden state."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import bench, checkpoint, deploy, operators, parity, ranktable
+from v4_ascend.cli import bench, checkpoint, deploy, fit, operators, parity, plan, ranktable
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ checkpoint.register(app)
 deploy.register(app)
 operators.register(app)
 parity.register(app)
+plan.register(app)
+fit.register(app)
 ranktable.register(app)
 
 

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from v4_ascend.backends import Backend
+from v4_ascend.cli.console import new_console
 from v4_ascend.runtime.capability import MODELS, Capability
 from v4_ascend.runtime.verify import Result
 
 Found = Sequence[tuple[Backend, str | None, list[Capability]]]
 MAX_FAILURES = 20
-PIPE_WIDTH = 160
 STYLES = {"passed": "green", "failed": "red", "refused": "yellow"}
-
-
-def _console() -> Console:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH  # nobody's window: nothing need be cut
-    return console
 
 
 def _title(backend: Backend, chip: str | None) -> str:
@@ -31,7 +23,7 @@ def _title(backend: Backend, chip: str | None) -> str:
 
 def print_overview(found: Found) -> None:
     """Print whose kernel each operator would take, a column per device."""
-    console = _console()
+    console = new_console()
     table = Table("op", *(_title(b, chip) for b, chip, _ in found))
     for rows in zip(*(capability for _, _, capability in found), strict=True):
         table.add_row(rows[0].op, *(_providers(c) for c in rows))
@@ -54,7 +46,7 @@ def _providers(c: Capability) -> str:
 
 def print_backend(backend: Backend, chip: str | None, table: list[Capability]) -> None:
     """Print every operator's kernel, and each reason against one."""
-    console = _console()
+    console = new_console()
     why = backend.why_unavailable()
     state = "can run here" if why is None else f"not here: {why}"
     console.print(f"{_title(backend, chip)}: {state}", style="bold")
@@ -78,7 +70,7 @@ def print_backend(backend: Backend, chip: str | None, table: list[Capability]) -
 
 def print_results(results: Mapping[str, list[Result]]) -> None:
     """Print a row per kernel, then failures."""
-    console = _console()
+    console = new_console()
     table = Table("op", "kernel", "by", "proof", "passed", "failed", "refused", "worst", "seconds")
     failures = []
     for backend, rows in results.items():

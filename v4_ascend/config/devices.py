@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from v4_ascend.config.load import Section, did_you_mean, load_yaml
 from v4_ascend.errors import ConfigError
 
-
 WeightFormat = Literal["native", "mx", "w8a8", "w4a8", "bf16"]
 KVRecord = Literal["plain", "bf16", "fp8_584", "fp8_640"]
 IndexRecord = Literal["plain", "bf16", "fp4_68", "fp8_132", "int8"]

@@ -1,0 +1,62 @@
+"""Write what a plan produces into a folder: whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from v4_ascend.config.topology import Topology
+from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.environment import env_file, environment, host_environment
+from v4_ascend.supernode.plan_page import page
+from v4_ascend.supernode.planning import PoolPlan, plan_for
+
+
+def write_bundle(
+    folder: Path, topology: Topology, pools: tuple[PoolPlan, ...], report: Mapping[str, Any]
+) -> list[str]:
+    """Write plan.json (one for each pool), env files, report.json and plan.html.
+
+    The files are written beside `folder` and renamed in one step; a folder that is there is
+    replaced only if it is such a bundle.
+
+    Raises:
+        ConfigError: `folder` is something else, or lies in no folder.
+    """
+    if folder.exists() and not (folder.is_dir() and (folder / "report.json").is_file()):
+        raise ConfigError("--out", f"{folder} is there and is no plan; give another folder")
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError("--out", f"{folder.absolute().parent} is no folder")
+    half = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        half.mkdir()
+        names = _write(half, topology, pools, report)
+        if folder.exists():
+            shutil.rmtree(folder)
+        half.replace(folder)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return names
+
+
+def _write(
+    half: Path, topology: Topology, pools: tuple[PoolPlan, ...], report: Mapping[str, Any]
+) -> list[str]:
+    names = ["report.json", "plan.html"]
+    (half / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (half / "plan.html").write_text(page(report), encoding="utf-8")
+    for pool in pools:
+        role = "" if pool.system.role == "both" else f"{pool.system.role}-"
+        plan_for(topology, pool).write(half / f"{role}plan.json")
+        (half / "env").mkdir(exist_ok=True)
+        common = environment(pool)
+        for host in pool.system.hosts:
+            text = env_file((*common, *host_environment(pool, host)))
+            (half / "env" / f"{host}.env").write_text(text, encoding="utf-8")
+        names += [f"{role}plan.json", f"env/ ({len(pool.system.hosts)} hosts)"]
+    return names

@@ -1,0 +1,218 @@
+"""From a topology to plans: one search for each pool, the chosen layout laid out on its devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from v4_ascend.config.devices import DeviceProfile, WeightFormat
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
+from v4_ascend.config.topology import ParallelConfig, Pool, Topology
+from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.memory import Serving
+from v4_ascend.supernode.plan import Plan, Rank, plan_of
+from v4_ascend.supernode.search import Choice, Demand, Found, Search
+from v4_ascend.supernode.system import System, systems
+
+MANY_EXPERTS = 256  # above it, INT4 experts are what is published for A2 and A3
+POOL_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """The model a plan is for, and where its configuration came from."""
+
+    config: ModelConfig
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One pool: its devices, what was found on them, and what the best is."""
+
+    system: System
+    search: Search
+    found: Found
+    max_chunk: int
+
+    @property
+    def chosen(self) -> Choice | None:
+        """The best layout, if any is legal."""
+        return self.found.choices[0] if self.found.choices else None
+
+
+def find_model(topology: Topology, asked: str | None = None) -> PlannedModel:
+    """Read the configuration of `asked`, a path or a bundled name, or of the topology's model.
+
+    Planning needs no weights: where the checkpoint is not on this machine, the bundled
+    configuration that `model.name` names is taken, and `source` says so.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if asked is not None:
+        if (path := existing_path(asked)) is not None:
+            return PlannedModel(ModelConfig.read(path), path.name, str(path))
+        short = asked.removeprefix("v4-")
+        return PlannedModel(_bundled(short, "--model"), asked, f"bundled configuration {short!r}")
+    model = topology.model
+    if (folder := Path(model.checkpoint)).is_dir():
+        return PlannedModel(ModelConfig.read(folder), model.name, str(folder))
+    short = model.name.removeprefix("v4-")
+    config = _bundled(short, topology.where("model.name"))
+    why = f"bundled configuration {short!r}; {model.checkpoint} is not on this machine"
+    return PlannedModel(config, model.name, why)
+
+
+def existing_path(model: str) -> Path | None:
+    """Return the folder or file that `model` names, if it is one."""
+    path = Path(model)
+    return path if path.exists() else None
+
+
+def _bundled(name: str, where: str) -> ModelConfig:
+    try:
+        return ModelConfig.read(preset_path(name))
+    except ConfigError as e:
+        known = str(e).partition("there are ")[2]
+        raise ConfigError(
+            where, f"no checkpoint here and no bundled configuration {name!r}; known are {known}"
+        ) from None
+
+
+def weight_format(config: ModelConfig, profile: DeviceProfile, asked: str) -> WeightFormat:
+    """Return the asked format, or what is published for such a model on such a device."""
+    for fmt in profile.weight_formats:
+        if asked == fmt:
+            return fmt
+    if asked != "auto":
+        raise ConfigError(
+            "model.weight_format",
+            f"{asked} on {profile.name}, which takes {', '.join(profile.weight_formats)}",
+        )
+    first = profile.weight_formats[0]
+    return "w4a8" if first == "w8a8" and config.n_routed_experts > MANY_EXPERTS else first
+
+
+def plan_pools(topology: Topology, model: PlannedModel) -> tuple[PoolPlan, ...]:
+    """Search a layout for each pool.
+
+    Raises:
+        ConfigError: the model is not made for the asked length, or the pools' caches differ.
+    """
+    t, config = topology, model.config
+    if t.serve.max_model_len > config.max_seq_len:
+        raise ConfigError(
+            t.where("serve.max_model_len"),
+            f"serve.max_model_len ({t.serve.max_model_len}) exceeds what the model is made for "
+            f"({config.max_seq_len})",
+        )
+    pools = {p.role: p for p in t.cluster.pools}
+    _check_pools(t)
+    plans = []
+    for system in systems(t):
+        pool = pools.get(system.role) if system.role != "both" else None
+        plans.append(_plan_pool(t, config, system, pool))
+    return tuple(plans)
+
+
+def _check_pools(t: Topology) -> None:
+    """Prefill and decode must write and read the same caches (rule R15)."""
+    blocks = {p.role: p.block_size or POOL_BLOCK for p in t.cluster.pools}
+    if len(set(blocks.values())) > 1:
+        raise ConfigError(
+            t.where("cluster.pools"),
+            f"E-POOLS-DIFFER: block_size {blocks['prefill']} for prefill and {blocks['decode']} "
+            "for decode: the decode side would read garbage (vllm-ascend issue 14545); give both "
+            "the same",
+        )
+
+
+def _plan_pool(t: Topology, config: ModelConfig, system: System, pool: Pool | None) -> PoolPlan:
+    serve = t.serve
+    chunk = pool.max_chunk if pool and pool.max_chunk else t.runtime.max_chunk
+    use = pool.memory_utilisation if pool and pool.memory_utilisation else serve.memory_utilisation
+    serving = Serving(
+        weight_format=weight_format(config, system.profile, t.model.weight_format),
+        engine=t.engine,
+        max_model_len=serve.max_model_len,
+        max_chunk=min(chunk, serve.max_model_len),
+        n_draft_tokens=0 if system.role == "prefill" else serve.n_draft_tokens,
+        utilisation=use,
+    )
+    work = serve.workload
+    if work.input_tokens + work.output_tokens > serve.max_model_len:
+        # The default workload is longer than short contexts allow: scale it into them.
+        n_out = max(1, serve.max_model_len // 9)
+        work = work.model_copy(
+            update={"input_tokens": max(1, serve.max_model_len - n_out), "output_tokens": n_out}
+        )
+    demand = Demand(
+        concurrency=pool.concurrency if pool and pool.concurrency else serve.concurrency,
+        objective=serve.objective,
+        workload=work,
+        ttft_ms=serve.slo.ttft_ms,
+        tpot_ms=serve.slo.tpot_ms,
+    )
+    search = Search(config, system, serving, demand)
+    layout = pool.layout if pool else t.layout
+    if layout != "auto" and layout.world_size > system.n_devices:
+        raise ConfigError(
+            t.where("layout"),
+            f"layout: {layout.world_size} ranks, the pool has {system.n_devices} devices",
+        )
+    found = search.run(None if layout == "auto" else layout)
+    return PoolPlan(system, search, found, serving.max_chunk)
+
+
+def with_one_more_host(plan: PoolPlan) -> Choice | None:
+    """Return the best choice if the last supernode had one more host."""
+    s = plan.system
+    grown = replace(
+        s,
+        hosts=(*s.hosts, "one-more"),
+        supernode_sizes=(*s.supernode_sizes[:-1], s.supernode_sizes[-1] + s.devices_per_host),
+    )
+    found = Search(plan.search.config, grown, plan.search.serving, plan.search.demand).run()
+    return found.choices[0] if found.choices else None
+
+
+def ranks_of(system: System, config: ModelConfig, choice: Choice) -> tuple[Rank, ...]:
+    """Lay a choice out: ranks pp slowest, EP groups of consecutive ranks, devices in order."""
+    p, ranks = choice.parallel, []
+    share = -(-config.n_routed_experts // p.ep_size)
+    for rank in range(p.world_size):
+        stage, within = divmod(rank, p.stage_size)
+        first = within % p.ep_size * share
+        ranks.append(
+            Rank(
+                rank=rank,
+                host=system.host_of(rank),
+                device=rank % system.devices_per_host,
+                layers=choice.layers[stage],
+                experts=(first, min(first + share, config.n_routed_experts)),
+            )
+        )
+    return tuple(ranks)
+
+
+def plan_for(topology: Topology, pool: PoolPlan) -> Plan:
+    """Write the chosen layout of a pool as the plan later steps read.
+
+    Raises:
+        ValueError: no layout is legal.
+    """
+    if pool.chosen is None:
+        raise ValueError("no legal layout")
+    ranks = ranks_of(pool.system, pool.search.config, pool.chosen)
+    return plan_of(topology, pool.chosen.parallel, ranks, pool.system.profile, pool.system.role)
+
+
+def layout_name(p: ParallelConfig) -> str:
+    """Spell a layout: pp1 dp16 tp1 ep16."""
+    cp = f" cp{p.cp_size}" if p.cp_size > 1 else ""
+    dsa = " dsa-cp" if p.dsa_cp else ""
+    more = f" +{p.n_redundant_experts}" if p.n_redundant_experts else ""
+    return f"pp{p.pp_size} dp{p.dp_size}{cp} tp{p.tp_size} ep{p.ep_size}{more}{dsa}"
