@@ -93,7 +93,7 @@ def _timeouts(pool: PoolPlan) -> tuple[Variable, ...]:
 
 
 def _weights(terms: dict[str, int]) -> list[int]:
-    others = {"request state", "activations", "collective buffers", "context", "graphs"}
+    others = {"request state", "activations", "collective buffers", "driver", "graphs"}
     return [n for name, n in terms.items() if name not in others]
 
 

@@ -62,7 +62,9 @@ def fit(config: ModelConfig, system: System, serving: Serving, concurrency: int)
         choice=choice,
         found=found,
         longest=min(choice.max_context, config.max_seq_len),
-        longest_all=max(_longest_all(c, concurrency) for c in found.choices),
+        longest_all=min(
+            max(_longest_all(c, concurrency) for c in found.choices), config.max_seq_len
+        ),
         most_full=max(c.n_full(n) for c in found.choices),
         most_running=max(_most_running(search.memory, c, n) for c in found.choices[:8]),
         binding_term=worst.binding_term,

@@ -31,7 +31,7 @@ Engine = Literal["native", "vllm"]
 class Overhead(Section):
     """Bytes measured or assumed beside our tensors, and when."""
 
-    term: Literal["context", "graphs"]
+    term: Literal["driver", "graphs"]
     family: str
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
     bytes: Figure

@@ -283,7 +283,8 @@ class Search:
             case "latency":
                 return (missed, time, c.parallel.world_size)
             case "context":
-                return (missed, -c.max_context, time)
+                # Beyond what the model is made for, more is no better.
+                return (missed, -min(c.max_context, self.config.max_seq_len), time)
             case "devices":
                 return (missed, c.parallel.world_size, -p.tokens_per_s)
 

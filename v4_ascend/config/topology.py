@@ -10,9 +10,11 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from v4_ascend.config.devices import DeviceProfile, WeightFormat, check_levels, device_profile
+from v4_ascend.config.devices import DeviceProfile, check_levels, device_profile
 from v4_ascend.config.load import Section, did_you_mean, load_yaml
 from v4_ascend.errors import ConfigError, NotYetError
+
+MAX_DEVICES = 65536  # an HCCL rank table holds no more
 
 
 class Supernode(Section):
@@ -127,6 +129,8 @@ class Cluster(Section):
             raise ValueError("pools: there must be one for prefill and one for decode")
         if len(self.pools) > 2:
             raise ValueError(f"pools: {len(self.pools)} given, there can be one for each role")
+        if self.n_devices > MAX_DEVICES:
+            raise ValueError(f"{self.n_devices:,} devices, at most {MAX_DEVICES:,} have ranks")
         check_levels(self.level_sizes)
         return self
 
@@ -150,7 +154,7 @@ class Model(Section):
     checkpoint: str = Field(min_length=1)
     name: str = Field(min_length=1)
     reference: str | None = None
-    weight_format: Literal["auto"] | WeightFormat = "auto"
+    weight_format: Literal["auto", "native", "mx", "w8a8", "w4a8", "bf16"] = "auto"
 
 
 class SLO(Section):
