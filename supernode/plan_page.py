@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 MAX_CELLS = 512  # beyond it, the map has a cell for each host
 MAX_HOSTS = 1024
 CELL, GAP, PER_ROW = 14, 3, 8
+HATCHED = "repeating-linear-gradient(45deg, #8884 0 2px, transparent 2px 6px)"
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -27,7 +28,7 @@ def _gb(n: float) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:,.1f}"
+    return f"{x:,.0f}" if x >= 100 or isinstance(x, int) else f"{x:,.1f}"
 
 
 def _colour(stage: int, n_stages: int) -> str:
@@ -93,8 +94,9 @@ def _bars(pool: Mapping[str, Any]) -> list[dict[str, Any]]:
         x, drawn = 0.0, []
         for j, (name, n) in enumerate(parts):
             width = 100 * n / stage["device_memory"]
-            plain = name in ("left for more requests", "kept free")
-            colour = None if plain else f"hsl({(37 * j + 200) % 360} 55% 55%)"
+            colour = {"left for more requests": "#8882", "kept free": HATCHED}.get(
+                name, f"hsl({(37 * j + 200) % 360} 55% 55%)"
+            )
             drawn.append({"name": name, "bytes": n, "x": x, "width": width, "colour": colour})
             x += width
         bars.append({"stage": i, "layers": stage["layers"], "parts": drawn, "of": stage})

@@ -242,13 +242,21 @@ def _assumptions(pools: tuple[PoolPlan, ...]) -> list[dict[str, str]]:
 
 
 def _assumption(what: str, figure: Figure) -> dict[str, str]:
-    span = f" ({figure.low:g} to {figure.high:g})" if figure.low and figure.high else ""
+    span = f" ({_spell(figure.low)} to {_spell(figure.high)})" if figure.low and figure.high else ""
     return {
         "what": what,
-        "value": f"{figure.value:g}{span}",
+        "value": _spell(figure.value) + span,
         "label": figure.label,
         "source": figure.source,
     }
+
+
+def _spell(x: float) -> str:
+    """Write 3.22e12 as 3.22 T."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if x >= size:
+            return f"{x / size:.4g} {unit}"
+    return f"{x:g}"
 
 
 def _figure(figure: Figure, name: str) -> dict[str, Any]:

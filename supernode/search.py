@@ -159,7 +159,7 @@ class Search:
         bound: Bound = "value",
     ) -> Predicted:
         """Estimate times at `batch` running requests of each DP group."""
-        model = self._time(parallel, bound)
+        model = self.time_model(parallel, bound)
         step = self._decode(model, layers, batch)
         tpot_s = step.total / (1 + self._accepted)
         ttft_s = self._prefill_s(model, layers) if self.system.role != "decode" else 0.0
@@ -204,7 +204,7 @@ class Search:
         c, pp = self.config, parallel.pp_size
         if pp == 1:
             return ((0, c.n_layers),)
-        model, load = self._time(parallel), self._load(parallel, max(1, batch // pp))
+        model, load = self.time_model(parallel), self.decode_load(parallel, max(1, batch // pp))
         kinds: dict[tuple[int, bool], float] = {}
         for i in range(c.n_layers):
             kind = (c.compress_ratios[i], i < c.n_hash_layers)
@@ -293,12 +293,14 @@ class Search:
         n = self.serving.n_draft_tokens
         return ACCEPTED.get(n, ACCEPTED[3])
 
-    def _time(self, parallel: ParallelConfig, bound: Bound = "value") -> TimeModel:
+    def time_model(self, parallel: ParallelConfig, bound: Bound = "value") -> TimeModel:
+        """Return the times of one layout; the last one is kept."""
         if self._timed is None or (self._timed.p, self._timed.bound) != (parallel, bound):
             self._timed = TimeModel(self.memory, self.system, parallel, constants(), bound)
         return self._timed
 
-    def _load(self, parallel: ParallelConfig, batch: int) -> Load:
+    def decode_load(self, parallel: ParallelConfig, batch: int) -> Load:
+        """Say what a rank does in a decode step of `batch` requests, at their mean length."""
         work = self.demand.workload
         tokens = batch * (1 + self.serving.n_draft_tokens)
         n_groups = max(1, parallel.ep_size // (parallel.tp_size * parallel.cp_size))
@@ -315,7 +317,7 @@ class Search:
     ) -> StepTime:
         """Time a step; with stages, micro-batches follow each other and the slowest one rules."""
         pp = len(layers)
-        load = self._load(model.p, -(-batch // pp))
+        load = self.decode_load(model.p, -(-batch // pp))
         drafts = self.serving.n_draft_tokens
         stages = [model.stage(r, load, n_draft_passes=drafts) for r in layers]
         if pp == 1:
@@ -325,10 +327,10 @@ class Search:
         parts = {name: pp * s for name, s in slowest.parts.items()}
         return StepTime(parts | {"stage boundaries": boundary})
 
-    def _prefill_s(self, model: TimeModel, layers: tuple[tuple[int, int], ...]) -> float:
-        work, p = self.demand.workload, model.p
+    def prefill_load(self, parallel: ParallelConfig) -> tuple[Load, int]:
+        """Say what a rank does with one chunk of a typical prompt, and how many there are."""
+        work, p = self.demand.workload, parallel
         chunk = min(self.serving.max_chunk, work.input_tokens)
-        n_chunks = -(-work.input_tokens // chunk)
         tokens = -(-chunk // p.cp_size)
         load = Load(
             n_tokens=tokens,
@@ -338,5 +340,9 @@ class Search:
             imbalance=self.demand.imbalance if p.ep_size > 1 else 1.0,
             is_prefill=True,
         )
-        slowest = max(model.stage(r, load).total for r in layers) + model.boundary_s(tokens)
-        return (n_chunks + len(layers) - 1) * slowest
+        return load, -(-work.input_tokens // chunk)
+
+    def _prefill_s(self, model: TimeModel, layers: tuple[tuple[int, int], ...]) -> float:
+        load, n_chunks = self.prefill_load(model.p)
+        slowest = max(model.stage(r, load).total for r in layers)
+        return (n_chunks + len(layers) - 1) * (slowest + model.boundary_s(load.n_tokens))

@@ -55,6 +55,24 @@ class StepTime:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One exchange on one fabric level: what does not depend on its load, and what does."""
+
+    level: str
+    latency_s: float
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """Seconds one layer computes, and its dispatch and combine on each level they use."""
+
+    compute_s: float
+    dispatch: tuple[Transfer, ...] = ()
+    combine: tuple[Transfer, ...] = ()
+
+
 class TimeModel:
     """Times steps of one layout on one system."""
 
@@ -104,6 +122,14 @@ class TimeModel:
         parts: dict[str, float] = {}
         self._add(parts, layer, load, 1)
         return sum(parts.values())
+
+    def layer_work(self, layer: int, load: Load) -> LayerWork:
+        """Split one layer into what a device does alone and its two exchanges."""
+        parts: dict[str, float] = {}
+        self._add(parts, layer, load, 1)
+        parts.pop("dispatch and combine", None)
+        once, twice = self._exchanged(load)
+        return LayerWork(sum(parts.values()), self._transfers(once), self._transfers(twice))
 
     def head_s(self, load: Load) -> float:
         """Seconds of the output head."""
@@ -160,31 +186,36 @@ class TimeModel:
         }
 
     def _exchange_s(self, load: Load) -> float:
-        """Seconds of dispatch and combine: a token goes once to each rank that has its experts."""
+        dispatch, combine = self._exchanged(load)
+        return self._all_to_all_s(dispatch) + self._all_to_all_s(combine)
+
+    def _exchanged(self, load: Load) -> tuple[float, float]:
+        """Bytes of dispatch and combine: a token goes once to each rank that has its experts."""
         c, ep = self.memory.config, self.p.ep_size
         reached = ep * (1 - (1 - 1 / ep) ** c.n_activated_experts)
         n = load.n_tokens / (self.p.tp_size if self.p.dsa_cp else 1) * load.imbalance
         sent = n * reached * c.dim
-        quantised = 1 if self.memory.serving.weight_format != "bf16" else ACT
-        return self._all_to_all_s(sent * quantised) + self._all_to_all_s(sent * ACT)
+        return sent * (1 if self.memory.serving.weight_format != "bf16" else ACT), sent * ACT
 
     @cached_property
-    def _ep_hops(self) -> tuple[tuple[float, float, float], ...]:
-        """Share of traffic, bytes per second and latency of each level an EP group spans."""
-        hops = self.system.hops(self.p.ep_size)
+    def _ep_hops(self) -> tuple[tuple[str, float, float, float], ...]:
+        """Name, share of traffic, bytes per second and latency of each level an EP group spans."""
         n = self.p.ep_size
         return tuple(
-            (h.n_peers / n, self._figure(h.link.bytes_per_s), h.link.latency_s.value) for h in hops
+            (h.name, h.n_peers / n, self._figure(h.link.bytes_per_s), h.link.latency_s.value)
+            for h in self.system.hops(n)
+        )
+
+    def _transfers(self, n_bytes: float) -> tuple[Transfer, ...]:
+        if self.p.ep_size == 1:
+            return ()
+        return tuple(
+            Transfer(name, latency + self.constants.kernel_s, n_bytes * share / rate)
+            for name, share, rate, latency in self._ep_hops
         )
 
     def _all_to_all_s(self, n_bytes: float) -> float:
-        return (
-            max(
-                (latency + n_bytes * share / rate for share, rate, latency in self._ep_hops),
-                default=0.0,
-            )
-            + self.constants.kernel_s
-        )
+        return max((t.latency_s + t.transfer_s for t in self._transfers(n_bytes)), default=0.0)
 
     def _tp_s(self, load: Load) -> float:
         """Seconds of one all-gather and one reduce-scatter of the hidden state."""

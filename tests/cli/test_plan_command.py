@@ -203,3 +203,27 @@ def test_inline_devices_and_given_links_are_planned(tmp_path):
     assert done.returncode == 0, done.stderr
     (level, *_) = json.loads(done.stdout)["data"]["pools"][0]["levels"]
     assert (level["name"], level["source"]) == ("rack", "the topology file")
+
+
+def test_a_plan_is_simulated_and_a_failed_device_found():
+    done = run("plan", "simulate", "--topology", "supernode", "--json")
+    for row in json.loads(done.stdout)["data"]:
+        assert row["simulated_ms"] == pytest.approx(row["closed_form_ms"], rel=0.05)
+    done = run("plan", "simulate", "--topology", "supernode", "--failed", "9")
+    assert "stage 0, EP group 0 (devices 0 to 63) never finishes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--slow", "x=2"], "--slow: 'x' is no device number"),
+        (["--slow", "3"], "--slow: must be NAME=FACTOR"),
+        (["--slow", "999=2"], "device 999 of 64"),
+        (["--contention", "rack=2"], "no level 'rack'"),
+        (["--failed", "64"], "device 64 of 64"),
+    ],
+)
+def test_a_bad_fault_is_refused(args, says):
+    done = run("plan", "simulate", "--topology", "supernode", *args)
+    assert done.returncode == 2
+    assert says in done.stderr

@@ -1,8 +1,9 @@
-"""`plan`, `plan diff`, `plan calibration`."""
+"""`plan`, `plan diff`, `plan simulate`, `plan calibration`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     plan.command("run")(run_command)
     plan.command("diff")(diff_command)
     plan.command("calibration")(calibration_command)
+    plan.command("simulate")(simulate_command)
     app.add_typer(plan, name="plan")
 
 
@@ -119,10 +121,79 @@ def diff_command(
     )
 
 
+def simulate_command(
+    topology: TopologyOption = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    slow: Annotated[list[str] | None, typer.Option(help="DEVICE=FACTOR, a straggler")] = None,
+    failed: Annotated[int | None, typer.Option(help="a device that never answers")] = None,
+    contention: Annotated[list[str] | None, typer.Option(help="LEVEL=FACTOR, shared links")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate a decode step and a prefill of the best layout on every device, with faults."""
+    from v4_ascend.config.topology import load_topology
+    from v4_ascend.supernode.plan_simulation import decode_pipeline, prefill_pipeline
+    from v4_ascend.supernode.planning import find_model, layout_name, plan_pools
+    from v4_ascend.supernode.simulation import Faults, closed_form, simulate
+
+    if topology is None:
+        raise ConfigError("--topology", "missing; give a file, or a bundled name such as supernode")
+    wanted = load_topology(topology, set_ or [])
+    slower = _factors("--slow", slow or [])
+    if odd := [name for name in slower if not name.isdecimal()]:
+        raise ConfigError("--slow", f"{odd[0]!r} is no device number")
+    faults = Faults(
+        slow={int(device): factor for device, factor in slower.items()},
+        failed=failed,
+        contention=_factors("--contention", contention or []),
+    )
+    rows = []
+    for pool in plan_pools(wanted, find_model(wanted, model)):
+        if pool.chosen is None:
+            raise PlanError(f"no legal layout on {pool.system.n_devices} devices; see plan")
+        known = [name for name, _ in pool.system.levels] + ["inter"]
+        if odd := sorted(faults.contention.keys() - set(known)):
+            raise ConfigError("--contention", f"no level {odd[0]!r}; known are {', '.join(known)}")
+        for what, make in (("decode step", decode_pipeline), ("prefill", prefill_pipeline)):
+            if (what, pool.system.role) in (("decode step", "prefill"), ("prefill", "decode")):
+                continue
+            pipeline = make(pool, pool.chosen)
+            seen = simulate(pipeline, faults)
+            rows.append(
+                {
+                    "what": what,
+                    "layout": layout_name(pool.chosen.parallel),
+                    "n_devices": pipeline.n_devices,
+                    "closed_form_ms": 1e3 * closed_form(pipeline),
+                    "simulated_ms": None if seen.stalled else 1e3 * seen.step_s,
+                    "busy": list(seen.busy),
+                    "waiting": seen.waiting,
+                    "stalled": asdict(seen.stalled) if seen.stalled else None,
+                }
+            )
+    if as_json:
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": rows, "diagnostics": []}))
+        return
+    from v4_ascend.cli.plan_tables import print_simulation
+
+    print_simulation(rows)
+
+
+def _factors(option: str, given: list[str]) -> dict[str, float]:
+    factors = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            factors[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ConfigError(option, f"must be NAME=FACTOR, got {text!r}")
+    return factors
+
+
 def calibration_command(as_json: JsonOption = False) -> None:
     """Compare the time model with published runs, each predicted from all the others."""
-    from dataclasses import astuple
-
     from v4_ascend.supernode.calibration import (
         calibration,
         constants,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -133,6 +133,34 @@ def print_calibration(data: Mapping[str, Any]) -> None:
             f"{bound['id']}: stated to keep {bound['at_most_ms']:g} ms, predicted "
             f"{bound['predicted_ms']:.1f} (not fitted)"
         )
+
+
+def print_simulation(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print simulated times beside the closed form, or where a device stops everything."""
+    console = new_console()
+    times = ("simulated ms", "closed form ms")
+    table = Table("what", "layout", "devices", *times, "stages busy", "waiting at barriers")
+    for r in rows:
+        busy = f"{min(r['busy']):.0%} to {max(r['busy']):.0%}"
+        shown = "stalls" if r["stalled"] else f"{r['simulated_ms']:,.2f}"
+        table.add_row(
+            r["what"],
+            r["layout"],
+            f"{r['n_devices']:,}",
+            shown,
+            f"{r['closed_form_ms']:,.2f}",
+            busy,
+            f"{r['waiting']:.1%}",
+        )
+    console.print(table)
+    for r in rows:
+        if (s := r["stalled"]) is not None:
+            console.print(
+                f"{r['what']}: stage {s['stage']}, EP group {s['group']} (devices "
+                f"{s['devices'][0]} to {s['devices'][1] - 1}) never finishes; "
+                f"{s['n_waiting']:,} of {r['n_devices']:,} devices wait"
+            )
+    console.print("modelled: every duration comes from the time model, none was measured")
 
 
 def print_memory_terms(terms: Mapping[str, int], available: int, free: int) -> None:
