@@ -14,12 +14,21 @@ from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.environment import env_file, environment, host_environment
 from v4_ascend.supernode.plan_page import page
 from v4_ascend.supernode.planning import PoolPlan, plan_for
+from v4_ascend.supernode.ranktable.file import write_table
+from v4_ascend.supernode.ranktable.model import RankTable
+from v4_ascend.supernode.ranktable.planned import table_for
 
 
 def write_bundle(
-    folder: Path, topology: Topology, pools: tuple[PoolPlan, ...], report: Mapping[str, Any]
+    folder: Path,
+    topology: Topology,
+    pools: tuple[PoolPlan, ...],
+    report: Mapping[str, Any],
+    given: RankTable | None = None,
 ) -> list[str]:
-    """Write plan.json (one for each pool), env files, report.json and plan.html.
+    """Write plan.json and rank table (one for each pool), env files, report.json and plan.html.
+
+    The rank table has the addresses `given`, or placeholders that HCCL refuses to read.
 
     The files are written beside `folder` and renamed in one step; a folder that is there is
     replaced only if it is such a bundle.
@@ -35,7 +44,7 @@ def write_bundle(
     shutil.rmtree(half, ignore_errors=True)
     try:
         half.mkdir()
-        names = _write(half, topology, pools, report)
+        names = _write(half, topology, pools, report, given)
         if folder.exists():
             shutil.rmtree(folder)
         half.replace(folder)
@@ -45,7 +54,11 @@ def write_bundle(
 
 
 def _write(
-    half: Path, topology: Topology, pools: tuple[PoolPlan, ...], report: Mapping[str, Any]
+    half: Path,
+    topology: Topology,
+    pools: tuple[PoolPlan, ...],
+    report: Mapping[str, Any],
+    given: RankTable | None,
 ) -> list[str]:
     names = ["report.json", "plan.html"]
     (half / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -59,4 +72,8 @@ def _write(
             text = env_file((*common, *host_environment(pool, host)))
             (half / "env" / f"{host}.env").write_text(text, encoding="utf-8")
         names += [f"{role}plan.json", f"env/ ({len(pool.system.hosts)} hosts)"]
+        if pool.system.profile.kind == "npu" and not pool.system.profile.emulated:
+            table = table_for(pool, topology.cluster.supernodes, given)
+            write_table(table, half / f"{role}ranktable.json")
+            names.append(f"{role}ranktable.json ({table.status})")
     return names

@@ -13,6 +13,7 @@ from v4_ascend.config.devices import DeviceProfile, device_profile
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError, NotYetError
+from v4_ascend.supernode.experts import LayerPlacement
 
 Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
 Role = Literal["both", "prefill", "decode"]
@@ -26,7 +27,8 @@ class _Frozen(BaseModel):
 class Rank(_Frozen):
     """What one rank holds: half-open ranges of layers and of routed experts.
 
-    `device` is its number on the host. `copies` are redundant experts beside its own.
+    `device` is its number on the host. Where the plan places experts layer by layer, `experts` is
+    the range it would have by number.
     """
 
     rank: int
@@ -34,11 +36,14 @@ class Rank(_Frozen):
     device: int = 0
     layers: tuple[int, int]
     experts: tuple[int, int]
-    copies: tuple[int, ...] = ()
 
 
 class Plan(_Frozen):
-    """One deployment, decided. Its digest is the identity ranks agree on."""
+    """One deployment, decided. Its digest is the identity ranks agree on.
+
+    `expert_placement` has, for each layer, the experts of each rank of an EP group by slot; None
+    means by number, as `Rank.experts` says.
+    """
 
     schema_version: Literal[1] = 1
     name: str
@@ -51,6 +56,7 @@ class Plan(_Frozen):
     model_name: str
     parallel: ParallelConfig
     ranks: tuple[Rank, ...]
+    expert_placement: tuple[LayerPlacement, ...] | None = None
     host: str
     port: int
     max_model_len: int
@@ -93,6 +99,15 @@ class Plan(_Frozen):
             raise ConfigError(str(file), f"is not a plan: {key}: {problem['msg']}") from e
 
 
+def experts_of(plan: Plan, rank: Rank) -> tuple[tuple[int, ...], ...]:
+    """Return the routed experts a rank holds in each of its layers, by slot."""
+    p = plan.parallel
+    if plan.expert_placement is None:
+        return (tuple(range(*rank.experts)),) * (rank.layers[1] - rank.layers[0])
+    group_rank = rank.rank % p.stage_size % p.ep_size
+    return tuple(layer[group_rank] for layer in plan.expert_placement[slice(*rank.layers)])
+
+
 def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
     """Plan one rank that holds the whole model.
 
@@ -130,6 +145,7 @@ def plan_of(
     ranks: tuple[Rank, ...],
     profile: DeviceProfile | None = None,
     role: Role = "both",
+    placement: tuple[LayerPlacement, ...] | None = None,
 ) -> Plan:
     """Join a layout and its ranks with what the topology says about serving."""
     t, serve = topology, topology.serve
@@ -147,6 +163,7 @@ def plan_of(
         model_name=t.model.name,
         parallel=parallel,
         ranks=ranks,
+        expert_placement=placement,
         host=serve.host,
         port=serve.port,
         max_model_len=serve.max_model_len,

@@ -10,6 +10,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig, Pool, Topology
 from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.experts import ExpertLoad, by_number, place_layer
 from v4_ascend.supernode.memory import Serving
 from v4_ascend.supernode.plan import Plan, Rank, plan_of
 from v4_ascend.supernode.search import Choice, Demand, Found, Search
@@ -96,8 +97,10 @@ def weight_format(config: ModelConfig, profile: DeviceProfile, asked: str) -> We
     return "w4a8" if first == "w8a8" and config.n_routed_experts > MANY_EXPERTS else first
 
 
-def plan_pools(topology: Topology, model: PlannedModel) -> tuple[PoolPlan, ...]:
-    """Search a layout for each pool.
+def plan_pools(
+    topology: Topology, model: PlannedModel, expert_load: ExpertLoad | None = None
+) -> tuple[PoolPlan, ...]:
+    """Search a layout for each pool; `expert_load` lets it copy and place busy experts.
 
     Raises:
         ConfigError: the model is not made for the asked length, or the pools' caches differ.
@@ -114,7 +117,7 @@ def plan_pools(topology: Topology, model: PlannedModel) -> tuple[PoolPlan, ...]:
     plans = []
     for system in systems(t):
         pool = pools.get(system.role) if system.role != "both" else None
-        plans.append(_plan_pool(t, config, system, pool))
+        plans.append(_plan_pool(t, config, system, pool, expert_load))
     return tuple(plans)
 
 
@@ -130,7 +133,13 @@ def _check_pools(t: Topology) -> None:
         )
 
 
-def _plan_pool(t: Topology, config: ModelConfig, system: System, pool: Pool | None) -> PoolPlan:
+def _plan_pool(
+    t: Topology,
+    config: ModelConfig,
+    system: System,
+    pool: Pool | None,
+    expert_load: ExpertLoad | None,
+) -> PoolPlan:
     serve = t.serve
     chunk = pool.max_chunk if pool and pool.max_chunk else t.runtime.max_chunk
     use = pool.memory_utilisation if pool and pool.memory_utilisation else serve.memory_utilisation
@@ -155,6 +164,7 @@ def _plan_pool(t: Topology, config: ModelConfig, system: System, pool: Pool | No
         workload=work,
         ttft_ms=serve.slo.ttft_ms,
         tpot_ms=serve.slo.tpot_ms,
+        expert_load=expert_load,
     )
     search = Search(config, system, serving, demand)
     layout = pool.layout if pool else t.layout
@@ -182,17 +192,17 @@ def with_one_more_host(plan: PoolPlan) -> Choice | None:
 def ranks_of(system: System, config: ModelConfig, choice: Choice) -> tuple[Rank, ...]:
     """Lay a choice out: ranks pp slowest, EP groups of consecutive ranks, devices in order."""
     p, ranks = choice.parallel, []
-    share = -(-config.n_routed_experts // p.ep_size)
+    own = by_number(config.n_routed_experts, p.ep_size)
     for rank in range(p.world_size):
         stage, within = divmod(rank, p.stage_size)
-        first = within % p.ep_size * share
+        experts = own[within % p.ep_size]
         ranks.append(
             Rank(
                 rank=rank,
                 host=system.host_of(rank),
                 device=rank % system.devices_per_host,
                 layers=choice.layers[stage],
-                experts=(first, min(first + share, config.n_routed_experts)),
+                experts=(experts[0], experts[-1] + 1),
             )
         )
     return tuple(ranks)
@@ -206,8 +216,15 @@ def plan_for(topology: Topology, pool: PoolPlan) -> Plan:
     """
     if pool.chosen is None:
         raise ValueError("no legal layout")
-    ranks = ranks_of(pool.system, pool.search.config, pool.chosen)
-    return plan_of(topology, pool.chosen.parallel, ranks, pool.system.profile, pool.system.role)
+    p, config, load = pool.chosen.parallel, pool.search.config, pool.search.demand.expert_load
+    placement = None
+    if load is not None and p.ep_size > 1:
+        placement = load.place(p.ep_size, p.n_redundant_experts)
+    elif p.n_redundant_experts:
+        even = place_layer([1] * config.n_routed_experts, p.ep_size, p.n_redundant_experts)
+        placement = (even,) * config.n_layers
+    ranks = ranks_of(pool.system, config, pool.chosen)
+    return plan_of(topology, p, ranks, pool.system.profile, pool.system.role, placement)
 
 
 def layout_name(p: ParallelConfig) -> str:

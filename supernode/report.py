@@ -82,7 +82,8 @@ def _pool(pool: PoolPlan, *, grow: bool) -> dict[str, Any]:
         "n_legal": len(choices),
         "chosen": _choice(pool, choices[0], "best for the objective") if choices else None,
         "alternatives": [
-            _choice(pool, c, _trade_off(choices[0], c)) for c in choices[1 : 1 + N_ALTERNATIVES]
+            _choice(pool, c, _trade_off(pool, choices[0], c))
+            for c in choices[1 : 1 + N_ALTERNATIVES]
         ],
         "one_more_host": _one_more(pool) if grow and choices else None,
         "rejected": [
@@ -165,20 +166,22 @@ def _figures(pool: PoolPlan, c: Choice) -> list[dict[str, Any]]:
     return figures
 
 
-def _trade_off(best: Choice, c: Choice) -> str:
+def _timed_as(pool: PoolPlan) -> str:
+    return "time to first token" if pool.system.role == "prefill" else "time per token"
+
+
+def _trade_off(pool: PoolPlan, best: Choice, c: Choice) -> str:
     said = []
     for name, mine, theirs, more_is in (
         ("tokens/s", c.predicted.tokens_per_s, best.predicted.tokens_per_s, "more"),
-        ("time per token", c.predicted.tpot_ms, best.predicted.tpot_ms, "longer"),
+        (_timed_as(pool), c.predicted.time_ms, best.predicted.time_ms, "longer"),
         ("context", float(c.max_context), float(best.max_context), "more"),
         ("devices", float(c.parallel.world_size), float(best.parallel.world_size), "more"),
     ):
         change = mine / theirs - 1
         if abs(change) >= 0.01:
             word = more_is if change > 0 else {"more": "less", "longer": "shorter"}[more_is]
-            said.append(
-                f"{abs(change):.0%} {word} {name}".replace("% longer time", "% longer time")
-            )
+            said.append(f"{abs(change):.0%} {word} {name}")
     return ", ".join(said) or "as good"
 
 
@@ -188,10 +191,10 @@ def _one_more(pool: PoolPlan) -> str | None:
         return None
     before, after = now.predicted.tokens_per_s, grown.predicted.tokens_per_s
     n = len(pool.system.hosts) + 1
+    ms, ms_before = grown.predicted.time_ms, now.predicted.time_ms
     return (
         f"{n} hosts: {layout_name(grown.parallel)}, {after:,.0f} tokens/s "
-        f"({after / before - 1:+.0%}), time per token {grown.predicted.tpot_ms:.1f} ms "
-        f"({grown.predicted.tpot_ms - now.predicted.tpot_ms:+.1f})"
+        f"({after / before - 1:+.0%}), {_timed_as(pool)} {ms:,.1f} ms ({ms - ms_before:+,.1f})"
     )
 
 
@@ -229,16 +232,20 @@ def _assumptions(pools: tuple[PoolPlan, ...]) -> list[dict[str, str]]:
         ):
             if figure is not None:
                 rows.append(_assumption(f"{p.name}: {what}", figure))
-    s = pools[0].search
-    rows.append(
-        {
-            "what": "busiest rank's routed tokens over the mean",
-            "value": f"{s.demand.imbalance:g}",
-            "label": "assumed",
-            "source": "no load trace was given",
-        }
-    )
+    rows += [_imbalance(pool) for pool in pools if pool.chosen]
     return list({row["what"]: row for row in rows}.values())
+
+
+def _imbalance(pool: PoolPlan) -> dict[str, str]:
+    load, parallel = pool.search.demand.expert_load, pool.found.choices[0].parallel
+    return {
+        "what": "busiest rank's routed tokens over the mean",
+        "value": f"{pool.search.imbalance(parallel):.3g}",
+        "label": "assumed" if load is None else "derived",
+        "source": "no load trace was given"
+        if load is None
+        else f"{load.source}, {parallel.n_redundant_experts} copies of busy experts",
+    }
 
 
 def _assumption(what: str, figure: Figure) -> dict[str, str]:

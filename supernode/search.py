@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from math import gcd
 from typing import Literal
 
@@ -13,6 +14,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Workload
 from v4_ascend.supernode.calibration import constants
 from v4_ascend.supernode.cost import Load
+from v4_ascend.supernode.experts import ExpertLoad
 from v4_ascend.supernode.memory import MemoryModel, Serving, StageMemory
 from v4_ascend.supernode.rules import Broken, Candidate, Rule, applicable, first_broken
 from v4_ascend.supernode.stages import balance
@@ -35,17 +37,25 @@ class Demand:
     workload: Workload
     ttft_ms: float | None = None
     tpot_ms: float | None = None
-    imbalance: float = ASSUMED_IMBALANCE
+    expert_load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """Modelled times of a layout at a batch. Milliseconds, and tokens per second in all."""
+    """Modelled times of a layout at a batch. Milliseconds, and tokens per second in all.
+
+    `step` is one decode step, or one chunk where the devices only prefill.
+    """
 
     tpot_ms: float
     ttft_ms: float
     tokens_per_s: float
     step: StepTime
+
+    @property
+    def time_ms(self) -> float:
+        """Time per output token, or to the first one where the devices only prefill."""
+        return self.tpot_ms or self.ttft_ms
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class Search:
         self._rejected: dict[str, Rejected] = {}
         self._n_judged = 0
         self._timed: TimeModel | None = None  # of the layout judged last
+        self._imbalance: dict[tuple[int, int], float] = {}
 
     def run(self, layout: ParallelConfig | None = None) -> Found:
         """Judge all layouts, or one; legal ones come best first."""
@@ -159,17 +170,17 @@ class Search:
         bound: Bound = "value",
     ) -> Predicted:
         """Estimate times at `batch` running requests of each DP group."""
-        model = self.time_model(parallel, bound)
-        step = self._decode(model, layers, batch)
-        tpot_s = step.total / (1 + self._accepted)
-        ttft_s = self._prefill_s(model, layers) if self.system.role != "decode" else 0.0
-        work, out = self.demand.workload, self.demand.workload.output_tokens
+        model, work = self.time_model(parallel, bound), self.demand.workload
         if self.system.role == "prefill":
+            chunk, ttft_s = self._prefill(model, layers)
             rate = parallel.dp_size * work.input_tokens / ttft_s
-        else:
-            # Prefills of the running requests take their share of the same devices.
-            cycle = out * tpot_s + batch * ttft_s
-            rate = parallel.dp_size * batch * out / cycle
+            return Predicted(0.0, 1e3 * ttft_s, rate, chunk)
+        step, out = self._decode(model, layers, batch), work.output_tokens
+        tpot_s = step.total / (1 + self._accepted)
+        ttft_s = self._prefill(model, layers)[1] if self.system.role == "both" else 0.0
+        # Prefills of the running requests take their share of the same devices.
+        cycle = out * tpot_s + batch * ttft_s
+        rate = parallel.dp_size * batch * out / cycle
         return Predicted(1e3 * tpot_s, 1e3 * (ttft_s + step.total), rate, step)
 
     def _layouts(self) -> Iterator[ParallelConfig]:
@@ -183,18 +194,37 @@ class Search:
                     for ep in self._ep_sizes(room * tp * cp):
                         unit = ep // gcd(ep, tp * cp)
                         for dp in {room - room % unit, unit}:
-                            for dsa_cp in (False, True) if tp > 1 else (False,):
-                                key = (pp, dp, cp, tp, ep, dsa_cp)
+                            for dsa_cp, more in product(
+                                (False, True) if tp > 1 else (False,), self._redundancies(ep)
+                            ):
+                                key = (pp, dp, cp, tp, ep, dsa_cp, more)
                                 if dp >= 1 and dp <= room and key not in seen:
                                     seen.add(key)
                                     yield ParallelConfig(
                                         pp_size=pp, dp_size=dp, cp_size=cp, tp_size=tp,
-                                        ep_size=ep, dsa_cp=dsa_cp,
+                                        ep_size=ep, dsa_cp=dsa_cp, n_redundant_experts=more,
                                     )  # fmt: skip
 
     def _ep_sizes(self, most: int) -> list[int]:
         n = self.config.n_routed_experts
         return [e for e in range(1, min(n, most) + 1) if n % e == 0]
+
+    def _redundancies(self, ep_size: int) -> tuple[int, ...]:
+        """Without a trace nothing says which experts to copy; with one, none to two a rank."""
+        if self.demand.expert_load is None or ep_size == 1:
+            return (0,)
+        return (0, ep_size, 2 * ep_size)
+
+    def imbalance(self, parallel: ParallelConfig) -> float:
+        """Return the busiest rank's routed tokens over the mean: assumed, or from the trace."""
+        key = (parallel.ep_size, parallel.n_redundant_experts)
+        if parallel.ep_size == 1:
+            return 1.0
+        if self.demand.expert_load is None:
+            return ASSUMED_IMBALANCE
+        if key not in self._imbalance:
+            self._imbalance[key] = self.demand.expert_load.imbalance(*key)
+        return self._imbalance[key]
 
     def _refuse(self, parallel: ParallelConfig, broken: Broken, distance: float = 0.0) -> None:
         entry = self._rejected.setdefault(broken.rule.id, Rejected(broken.rule))
@@ -237,7 +267,8 @@ class Search:
     ) -> Choice:
         best: Choice | None = None
         for batch in (least, *(b for b in BATCHES if b > least)):
-            if batch > least and self.demand.objective != "throughput":
+            grows = self.demand.objective == "throughput" and self.system.role != "prefill"
+            if batch > least and not grows:
                 break
             memory = self._stages(parallel, layers, batch)
             if batch > least and not self._holds(memory, batch):
@@ -276,15 +307,14 @@ class Search:
 
     def _rank(self, c: Choice) -> tuple[float, ...]:
         p, missed = c.predicted, float(not c.meets_slo)
-        time = p.ttft_ms if self.system.role == "prefill" else p.tpot_ms
         match self.demand.objective:
             case "throughput":
                 return (missed, -p.tokens_per_s, c.parallel.world_size)
             case "latency":
-                return (missed, time, c.parallel.world_size)
+                return (missed, p.time_ms, c.parallel.world_size)
             case "context":
                 # Beyond what the model is made for, more is no better.
-                return (missed, -min(c.max_context, self.config.max_seq_len), time)
+                return (missed, -min(c.max_context, self.config.max_seq_len), p.time_ms)
             case "devices":
                 return (missed, c.parallel.world_size, -p.tokens_per_s)
 
@@ -309,7 +339,7 @@ class Search:
             n_requests=batch,
             context=work.input_tokens + work.output_tokens // 2,
             n_group_tokens=tokens * n_groups,
-            imbalance=self.demand.imbalance if parallel.ep_size > 1 else 1.0,
+            imbalance=self.imbalance(parallel),
         )
 
     def _decode(
@@ -337,12 +367,16 @@ class Search:
             n_requests=1,
             context=work.input_tokens // 2,
             n_group_tokens=tokens * max(1, p.ep_size // p.tp_size),
-            imbalance=self.demand.imbalance if p.ep_size > 1 else 1.0,
+            imbalance=self.imbalance(p),
             is_prefill=True,
         )
         return load, -(-work.input_tokens // chunk)
 
-    def _prefill_s(self, model: TimeModel, layers: tuple[tuple[int, int], ...]) -> float:
+    def _prefill(
+        self, model: TimeModel, layers: tuple[tuple[int, int], ...]
+    ) -> tuple[StepTime, float]:
+        """Time one chunk of the slowest stage, and all chunks of a typical prompt through all."""
         load, n_chunks = self.prefill_load(model.p)
-        slowest = max(model.stage(r, load).total for r in layers)
-        return (n_chunks + len(layers) - 1) * (slowest + model.boundary_s(load.n_tokens))
+        slowest = max((model.stage(r, load) for r in layers), key=lambda s: s.total)
+        boundary = model.boundary_s(load.n_tokens)
+        return slowest, (n_chunks + len(layers) - 1) * (slowest.total + boundary)

@@ -23,6 +23,7 @@ from v4_ascend.supernode.ranktable.model import (
     Status,
     Version,
 )
+from v4_ascend.supernode.system import host_names
 
 # Addresses set aside for documentation, which no network routes: RFC 5737, then RFC 3849.
 PLACEHOLDERS = (
@@ -160,9 +161,7 @@ def placeholder_hosts(supernodes: Sequence[Supernode], version: Version) -> tupl
     hosts: list[Host] = []
     for supernode in supernodes:
         n = supernode.devices_per_host
-        count = supernode.host_count or 0
-        names = supernode.hosts or tuple(f"{supernode.name}-{i}" for i in range(count))
-        for i, name in enumerate(names):
+        for i, name in enumerate(host_names(supernode)):
             devices = tuple(
                 Device(
                     rank_id=d,

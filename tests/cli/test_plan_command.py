@@ -227,3 +227,90 @@ def test_a_bad_fault_is_refused(args, says):
     done = run("plan", "simulate", "--topology", "supernode", *args)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_a_rank_table_names_the_hosts_and_the_plan_writes_its_part_of_it(tmp_path):
+    named = tmp_path / "named.yaml"
+    names = ", ".join(f"node-{i}" for i in range(8))
+    named.write_text(GOOD.replace("host_count: 8", f"hosts: [{names}]"))
+    table = tmp_path / "table.json"
+    made = run("ranktable", "generate", "--topology", named, "--placeholder", "--out", table)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "t.yaml").write_text(GOOD)
+    out = tmp_path / "out"
+    options = ("--topology", tmp_path / "t.yaml", "--rank-table", table, "--out", out)
+    done = run("plan", "--set", "layout={dp_size: 16, ep_size: 16}", *options)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((out / "plan.json").read_text())
+    assert [r["host"] for r in plan["ranks"]] == ["node-0"] * 8 + ["node-1"] * 8
+    written = json.loads((out / "ranktable.json").read_text())
+    given = json.loads(table.read_text())
+    assert written["rank_list"] == given["rank_list"][:16]
+    assert run("ranktable", "validate", out / "ranktable.json").returncode == 2  # placeholders
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("host_count: 8", "host_count: 4"), "4 hosts of 8 devices, "),
+        (("host_count: 8, devices_per_host: 8", "host_count: 8, devices_per_host: 16"), "of 8"),
+        (("host_count: 8", "hosts: [q, r, s, t, u, v, w, x]"), "has no host 'q'"),
+        (("ascend-950dt-96", "ascend-a3-64"), "reads rank tables 1.0 and 1.2"),
+        (("ascend-950dt-96", "nvidia-h200"), "reads rank tables of no version"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_with_both_numbers(tmp_path, change, says):
+    (tmp_path / "good.yaml").write_text(GOOD)
+    table = tmp_path / "table.json"
+    run(
+        "ranktable",
+        "generate",
+        "--topology",
+        tmp_path / "good.yaml",
+        "--placeholder",
+        "--out",
+        table,
+    )
+    bad = GOOD.replace(*change).replace("fabric: {board: 8, cabinet: 64}", "fabric: {}")
+    (tmp_path / "bad.yaml").write_text(bad)
+    out = tmp_path / "out"
+    done = run("plan", "--topology", tmp_path / "bad.yaml", "--rank-table", table, "--out", out)
+    assert done.returncode == 2
+    assert "bad.yaml:" in done.stderr
+    assert says in done.stderr
+    assert not out.exists()
+
+
+def test_a_topology_cannot_join_what_the_table_has_in_two_supernodes(tmp_path):
+    two = GOOD.replace(
+        "{name: a, host_count: 8, devices_per_host: 8}",
+        "{name: a, host_count: 4, devices_per_host: 8}, "
+        "{name: b, host_count: 4, devices_per_host: 8}",
+    )
+    (tmp_path / "two.yaml").write_text(two)
+    (tmp_path / "one.yaml").write_text(GOOD)
+    table = tmp_path / "table.json"
+    run(
+        "ranktable",
+        "generate",
+        "--topology",
+        tmp_path / "two.yaml",
+        "--placeholder",
+        "--out",
+        table,
+    )
+    done = run("plan", "--topology", tmp_path / "one.yaml", "--rank-table", table)
+    assert done.returncode == 2
+    assert "would join hosts 'a-host0' of 'a' and 'b-host0' of 'b'" in done.stderr
+
+
+def test_a_trace_of_expert_load_shows_in_the_plan(tmp_path):
+    counts = [[1 + 50 * (e % 64 == 0) for e in range(384)] for _ in range(61)]
+    (tmp_path / "load.json").write_text(json.dumps({"version": 1, "counts": counts}))
+    done = run("plan", "--topology", "supernode", "--expert-load", tmp_path / "load.json", "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)["data"]
+    (row,) = [a for a in data["assumptions"] if a["what"].startswith("busiest rank")]
+    assert row["label"] == "derived"
+    assert "copies of busy experts" in row["source"]
+    assert "+" in data["pools"][0]["chosen"]["layout"]

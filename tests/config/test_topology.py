@@ -194,7 +194,7 @@ def test_the_shipped_schema_is_the_current_one():
 
 @pytest.mark.parametrize("reference", ["nowhere.yaml", "labtop", "elsewhere/laptop.yaml"])
 def test_what_is_neither_a_file_nor_bundled_is_refused_with_what_is(reference):
-    with pytest.raises(ConfigError, match=f"no file {reference!r}; bundled: laptop, supernode"):
+    with pytest.raises(ConfigError, match=f"no file {reference!r}; bundled: laptop, .*supernode"):
         load_topology(reference)
 
 

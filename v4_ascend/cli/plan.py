@@ -18,6 +18,10 @@ ModelOption = Annotated[
 ]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="every rule that refused layouts")]
 OutOption = Annotated[Path | None, typer.Option(help="folder for plan, env files and page")]
+TableOption = Annotated[
+    Path | None, typer.Option(help="an HCCL rank table: its hosts, in place of host_count")
+]
+LoadOption = Annotated[Path | None, typer.Option(help="tokens of each expert: place by load")]
 JsonOption = Annotated[bool, typer.Option("--json", help="for scripts")]
 
 
@@ -38,12 +42,14 @@ def plan_command(
     set_: SetOption = None,
     model: ModelOption = None,
     explain: ExplainOption = False,
+    rank_table: TableOption = None,
+    expert_load: LoadOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank every legal layout of a topology; exit 3 if none is, with the reasons."""
     if context.invoked_subcommand is None:
-        run_command(topology, set_, model, explain, out, as_json)
+        run_command(topology, set_, model, explain, rank_table, expert_load, out, as_json)
 
 
 def run_command(
@@ -51,27 +57,39 @@ def run_command(
     set_: SetOption = None,
     model: ModelOption = None,
     explain: ExplainOption = False,
+    rank_table: TableOption = None,
+    expert_load: LoadOption = None,
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank every legal layout of a topology; exit 3 if none is, with the reasons."""
     from v4_ascend.config.topology import load_topology
+    from v4_ascend.supernode.experts import ExpertLoad
     from v4_ascend.supernode.planning import find_model, plan_pools
     from v4_ascend.supernode.report import report
 
     if topology is None:
         raise ConfigError("--topology", "missing; give a file, or a bundled name such as supernode")
     wanted = load_topology(topology, set_ or [])
-    pools = plan_pools(wanted, find_model(wanted, model))
+    table = None
+    if rank_table is not None:
+        from v4_ascend.supernode.ranktable.file import read_table
+        from v4_ascend.supernode.ranktable.planned import with_hosts
+
+        table = read_table(rank_table, allow_planned=True)
+        wanted = with_hosts(wanted, table, str(rank_table))
+    found = find_model(wanted, model)
+    load = ExpertLoad.read(expert_load, found.config) if expert_load is not None else None
+    pools = plan_pools(wanted, found, load)
     # A larger pod changes little and doubles the time.
     grow = sum(p.system.n_devices for p in pools) <= 512
-    facts = report(wanted, find_model(wanted, model), pools, grow=grow)
+    facts = report(wanted, found, pools, grow=grow)
     failed = [p["role"] for p in facts["pools"] if p["chosen"] is None]
     written: list[str] = []
     if out is not None and not failed:
         from v4_ascend.supernode.bundle import write_bundle
 
-        written = write_bundle(out, wanted, pools, facts)
+        written = write_bundle(out, wanted, pools, facts, table)
     if as_json:
         status = "error" if failed else "ok"
         envelope = {"version": 1, "status": status, "data": facts, "diagnostics": failed}
