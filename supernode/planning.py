@@ -57,12 +57,14 @@ def find_model(topology: Topology, asked: str | None = None) -> PlannedModel:
         if (path := existing_path(asked)) is not None:
             return PlannedModel(ModelConfig.read(path), path.name, str(path))
         short = asked.removeprefix("v4-")
-        return PlannedModel(_bundled(short, "--model"), asked, f"bundled configuration {short!r}")
+        return PlannedModel(
+            bundled_model(short, "--model"), asked, f"bundled configuration {short!r}"
+        )
     model = topology.model
     if (folder := Path(model.checkpoint)).is_dir():
         return PlannedModel(ModelConfig.read(folder), model.name, str(folder))
     short = model.name.removeprefix("v4-")
-    config = _bundled(short, topology.where("model.name"))
+    config = bundled_model(short, topology.where("model.name"))
     why = f"bundled configuration {short!r}; {model.checkpoint} is not on this machine"
     return PlannedModel(config, model.name, why)
 
@@ -73,7 +75,12 @@ def existing_path(model: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _bundled(name: str, where: str) -> ModelConfig:
+def bundled_model(name: str, where: str) -> ModelConfig:
+    """Read a bundled configuration; `where` is what asked for it.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
     try:
         return ModelConfig.read(preset_path(name))
     except ConfigError as e:

@@ -21,6 +21,7 @@ from v4_ascend.supernode.stages import balance
 from v4_ascend.supernode.system import System
 from v4_ascend.supernode.timing import Bound, StepTime, TimeModel
 
+Layers = tuple[tuple[int, int], ...]  # half-open, of each stage
 Objective = Literal["throughput", "latency", "context", "devices"]
 ASSUMED_IMBALANCE = 1.2  # of routed tokens over ranks, without a load trace
 # Draft tokens kept in a step: cann-recipes states 0.7 of 1 and 1.44 of 3 for V4's MTP.
@@ -63,7 +64,7 @@ class Choice:
     """A legal layout at the batch that serves the objective best."""
 
     parallel: ParallelConfig
-    layers: tuple[tuple[int, int], ...]
+    layers: Layers
     memory: tuple[StageMemory, ...]
     batch: int
     predicted: Predicted
@@ -132,6 +133,7 @@ class Search:
         self._rejected: dict[str, Rejected] = {}
         self._n_judged = 0
         self._timed: TimeModel | None = None  # of the layout judged last
+        self._prefilled: tuple[TimeModel, Layers, tuple[StepTime, float]] | None = None
         self._imbalance: dict[tuple[int, int], float] = {}
 
     def run(self, layout: ParallelConfig | None = None) -> Found:
@@ -165,7 +167,7 @@ class Search:
     def predict(
         self,
         parallel: ParallelConfig,
-        layers: tuple[tuple[int, int], ...],
+        layers: Layers,
         batch: int,
         bound: Bound = "value",
     ) -> Predicted:
@@ -230,29 +232,23 @@ class Search:
         entry = self._rejected.setdefault(broken.rule.id, Rejected(broken.rule))
         entry.add(parallel, broken.numbers, distance)
 
-    def _layers(self, parallel: ParallelConfig, batch: int) -> tuple[tuple[int, int], ...]:
+    def _layers(self, parallel: ParallelConfig, batch: int) -> Layers:
         c, pp = self.config, parallel.pp_size
         if pp == 1:
             return ((0, c.n_layers),)
         model, load = self.time_model(parallel), self.decode_load(parallel, max(1, batch // pp))
-        kinds: dict[tuple[int, bool], float] = {}
-        for i in range(c.n_layers):
-            kind = (c.compress_ratios[i], i < c.n_hash_layers)
-            kinds.setdefault(kind, model.layer_s(i, load))
-        costs = [kinds[c.compress_ratios[i], i < c.n_hash_layers] for i in range(c.n_layers)]
+        costs = [model.layer_s(i, load) for i in range(c.n_layers)]
         last = model.head_s(load)
         if self.serving.n_draft_tokens and c.n_mtp_layers:
             last += self.serving.n_draft_tokens * (model.layer_s(c.n_layers, load) + last)
         return balance(costs, pp, 0.0, last)
 
     def _stages(
-        self, parallel: ParallelConfig, layers: tuple[tuple[int, int], ...], batch: int
+        self, parallel: ParallelConfig, layers: Layers, batch: int
     ) -> tuple[StageMemory, ...]:
         return tuple(self.memory.stage(parallel, r, batch) for r in layers)
 
-    def _shortage(
-        self, layers: tuple[tuple[int, int], ...], memory: tuple[StageMemory, ...]
-    ) -> str:
+    def _shortage(self, layers: Layers, memory: tuple[StageMemory, ...]) -> str:
         i, worst = min(enumerate(memory), key=lambda p: p[1].free)
         request = -(-self.serving.max_model_len // 128) * worst.per_block
         stage = f"stage {i} (layers {layers[i][0]} to {layers[i][1] - 1}): " if i else ""
@@ -262,9 +258,7 @@ class Search:
             f"{worst.binding_term}, {worst.terms[worst.binding_term] / 1e9:.1f} GB"
         )
 
-    def _at_best_batch(
-        self, parallel: ParallelConfig, layers: tuple[tuple[int, int], ...], least: int
-    ) -> Choice:
+    def _at_best_batch(self, parallel: ParallelConfig, layers: Layers, least: int) -> Choice:
         best: Choice | None = None
         for batch in (least, *(b for b in BATCHES if b > least)):
             grows = self.demand.objective == "throughput" and self.system.role != "prefill"
@@ -342,9 +336,7 @@ class Search:
             imbalance=self.imbalance(parallel),
         )
 
-    def _decode(
-        self, model: TimeModel, layers: tuple[tuple[int, int], ...], batch: int
-    ) -> StepTime:
+    def _decode(self, model: TimeModel, layers: Layers, batch: int) -> StepTime:
         """Time a step; with stages, micro-batches follow each other and the slowest one rules."""
         pp = len(layers)
         load = self.decode_load(model.p, -(-batch // pp))
@@ -372,11 +364,13 @@ class Search:
         )
         return load, -(-work.input_tokens // chunk)
 
-    def _prefill(
-        self, model: TimeModel, layers: tuple[tuple[int, int], ...]
-    ) -> tuple[StepTime, float]:
+    def _prefill(self, model: TimeModel, layers: Layers) -> tuple[StepTime, float]:
         """Time one chunk of the slowest stage, and all chunks of a typical prompt through all."""
+        if self._prefilled is not None and self._prefilled[:2] == (model, layers):
+            return self._prefilled[2]
         load, n_chunks = self.prefill_load(model.p)
         slowest = max((model.stage(r, load) for r in layers), key=lambda s: s.total)
         boundary = model.boundary_s(load.n_tokens)
-        return slowest, (n_chunks + len(layers) - 1) * (slowest.total + boundary)
+        took = slowest, (n_chunks + len(layers) - 1) * (slowest.total + boundary)
+        self._prefilled = (model, layers, took)  # the same at every batch
+        return took

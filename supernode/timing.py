@@ -6,6 +6,7 @@ fitted to; `v4-ascend plan calibration` shows how far they are off on rows they 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -89,6 +90,7 @@ class TimeModel:
         self.cost = CostModel(memory, parallel)
         self.profile: DeviceProfile = system.profile
         self._timed: dict[tuple[tuple[int, bool], Load], dict[str, float]] = {}
+        self._counts: dict[tuple[int, int], Counter[tuple[int, bool]]] = {}
         self._bandwidth = self.profile.memory_bytes_per_s.value * constants.memory_efficiency
         self._efficiency = constants.compute_efficiency(self.profile.family)
 
@@ -96,11 +98,7 @@ class TimeModel:
         """Time one stage on `layers`; the last one has head and drafter."""
         c = self.memory.config
         parts: dict[str, float] = {}
-        counted: dict[tuple[int, bool], int] = {}
-        for layer in range(*layers):
-            kind = (c.compress_ratios[layer], layer < c.n_hash_layers)
-            counted[kind] = counted.get(kind, 0) + 1
-        for kind, n in counted.items():
+        for kind, n in self._counted(layers).items():
             for part, s in self._kind_parts(kind, load).items():
                 parts[part] = parts.get(part, 0.0) + n * s
         if layers[1] == c.n_layers:
@@ -119,6 +117,8 @@ class TimeModel:
 
     def layer_s(self, layer: int, load: Load) -> float:
         """Seconds of one layer, its collectives included."""
+        if layer < self.memory.config.n_layers:
+            return sum(self._kind_parts(self._kinds[layer], load).values())
         parts: dict[str, float] = {}
         self._add(parts, layer, load, 1)
         return sum(parts.values())
@@ -144,13 +144,22 @@ class TimeModel:
         rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
         return latency + n_tokens * c.hc_mult * c.dim * ACT / rate
 
+    @cached_property
+    def _kinds(self) -> list[tuple[int, bool]]:
+        """Ratio of each layer, and whether it routes by hash: layers of a kind cost alike."""
+        c = self.memory.config
+        return [(c.compress_ratios[i], i < c.n_hash_layers) for i in range(c.n_layers)]
+
+    def _counted(self, layers: tuple[int, int]) -> Counter[tuple[int, bool]]:
+        if layers not in self._counts:
+            self._counts[layers] = Counter(self._kinds[slice(*layers)])
+        return self._counts[layers]
+
     def _kind_parts(self, kind: tuple[int, bool], load: Load) -> dict[str, float]:
         """Time one layer of a kind, once for each load."""
         if (kind, load) not in self._timed:
-            c = self.memory.config
-            kinds = [(c.compress_ratios[i], i < c.n_hash_layers) for i in range(c.n_layers)]
             parts: dict[str, float] = {}
-            self._add(parts, kinds.index(kind), load, 1)
+            self._add(parts, self._kinds.index(kind), load, 1)
             self._timed[kind, load] = parts
         return self._timed[kind, load]
 
@@ -220,10 +229,15 @@ class TimeModel:
     def _tp_s(self, load: Load) -> float:
         """Seconds of one all-gather and one reduce-scatter of the hidden state."""
         c, tp = self.memory.config, self.p.tp_size
-        hop = self.system.hops(tp)[-1]
-        rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
+        rate, latency = self._tp_link
         once = latency + load.n_tokens * c.dim * ACT * (tp - 1) / tp / rate
         return 2 * (once + self.constants.kernel_s)
+
+    @cached_property
+    def _tp_link(self) -> tuple[float, float]:
+        """Bytes per second and latency of the outermost level a TP group spans."""
+        link = self.system.hops(self.p.tp_size)[-1].link
+        return self._figure(link.bytes_per_s), link.latency_s.value
 
     def _figure(self, figure: Figure | None) -> float:
         if figure is None:

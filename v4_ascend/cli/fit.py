@@ -34,11 +34,11 @@ def fit_command(
 ) -> None:
     """Say whether a model fits, its longest context and most requests; exit 3 if it does not."""
     from v4_ascend.config.model import ModelConfig
-    from v4_ascend.config.presets import preset_path
-    from v4_ascend.supernode.planning import existing_path
+    from v4_ascend.supernode.planning import bundled_model, existing_path
 
     path = existing_path(model)
-    config = ModelConfig.read(path or preset_path(model.removeprefix("v4-")))
+    short = model.removeprefix("v4-")
+    config = bundled_model(short, "--model") if path is None else ModelConfig.read(path)
     if compare is not None:
         _compare(config, model, compare, context, as_json)
         return
