@@ -17,12 +17,20 @@ class Group(Protocol):
     rank: int
     size: int
 
-    def all_gather(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return every rank's tensor in rank order; dim 0 may differ between ranks."""
+    def all_gather(
+        self, x: torch.Tensor, sizes: Sequence[int] | None = None
+    ) -> Sequence[torch.Tensor]:
+        """Return every rank's tensor in rank order; `sizes` are their dim 0, if known."""
         ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks of equally shaped tensors."""
+        ...
+
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        """Send part r to rank r; return what each rank sent here, `sizes` rows of it."""
         ...
 
 
@@ -32,13 +40,21 @@ class Solo:
     rank = 0
     size = 1
 
-    def all_gather(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def all_gather(
+        self, x: torch.Tensor, sizes: Sequence[int] | None = None
+    ) -> Sequence[torch.Tensor]:
         """Return the tensor itself."""
         return (x,)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tensor itself."""
         return x
+
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        """Return the parts themselves."""
+        return parts
 
 
 def _ids(g: torch.Generator, n_tokens: int, n_experts: int, topk: int) -> torch.Tensor:

@@ -69,6 +69,11 @@ class Plan(_Frozen):
     api_keys: tuple[str, ...]
 
     @property
+    def slots_per_group(self) -> int:
+        """Sequences each DP group has caches for."""
+        return -(-self.max_batch_size // self.parallel.dp_size)
+
+    @property
     def digest(self) -> str:
         """Return the sha256 of the plan's canonical JSON."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

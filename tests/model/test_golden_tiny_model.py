@@ -106,7 +106,7 @@ def _tie_distance(x, group_size):
 
 
 def test_one_rounding_tie_separates_us_from_the_golden_run_of_64_tokens(models, exact_sums):
-    """That run rounded one tie the other way: with it flipped, its logits are met to 2e-5."""
+    """Which way it falls depends on the processor's sums: one way the logits are met to 2e-5."""
     golden = next(r for r in RUNS if r["mode"] == "sim" and r["prefill"] == 64)
     act_quant = OPS["act_quant"]
     reference, calls, near = act_quant.reference, [0], []
@@ -140,7 +140,8 @@ def test_one_rounding_tie_separates_us_from_the_golden_run_of_64_tokens(models, 
             )
     finally:
         act_quant.reference = reference
-    assert worst(plain[-1], golden["final_logits_first16"]) < 2e-3
+    as_it_falls = worst(plain[-1], golden["final_logits_first16"])
+    assert as_it_falls < 2e-3
     assert 0 < len(candidates) < 20, "ties are rare"
-    assert min(errors) < 2e-5, (candidates, errors)
+    assert min(as_it_falls, *errors) < 2e-5, (candidates, as_it_falls, errors)
     assert "v4_ascend.ops.act_quant" in sys.modules

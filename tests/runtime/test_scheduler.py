@@ -52,7 +52,7 @@ class Machine:
             self.slots[s.slot] = held + s.token_ids
             if s.sampling:
                 sampled.append(Sampled(s.request, next_token(self.slots[s.slot]), None, []))
-        return StepResult(sampled)
+        return StepResult(step.number, sampled)
 
 
 @settings(max_examples=200, deadline=None)

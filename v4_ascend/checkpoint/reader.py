@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from v4_ascend.checkpoint.inspection import Inspection, inspect_headers
 from v4_ascend.config.inventory import Dtype, inventory
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import CheckpointError
+from v4_ascend.supernode.holdings import Part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,8 +48,10 @@ class Checkpoint:
         self.total_size = index.total_size
         self.headers: Mapping[str, TensorHeader] = _headers(path, index)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; FP4 comes as the int8 and scales as the E8M0 they are stored as.
+    def tensor(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """Read one tensor, or a part of it and none of the rest.
+
+        FP4 comes as the int8 and scales as the E8M0 they are stored as.
 
         Raises:
             CheckpointError: it is not there, or it is a scale that is not a number.
@@ -57,13 +62,17 @@ class Checkpoint:
         dtype = TORCH_DTYPES[header.dtype]
         if not header.nbytes:
             return torch.empty(header.shape, dtype=dtype)
-        # A plain read: one copy, no alignment to mind, no mapped pages that outlive the load.
-        buffer = bytearray(header.nbytes)
-        with header.file.open("rb") as f:
-            f.seek(header.begin)
-            if f.readinto(buffer) != header.nbytes:
-                raise CheckpointError(f"{header.file}: {name}: the file became shorter")
-        tensor = torch.frombuffer(buffer, dtype=dtype).view(header.shape)
+        shape = list(header.shape)
+        # Plain reads: one copy, no alignment to mind, no mapped pages that outlive the load.
+        buffer = bytearray(header.nbytes // (part.count if part else 1))
+        with header.file.open("rb", buffering=0) as f:
+            if part is None:
+                _read(f, header, header.begin, memoryview(buffer))
+            else:
+                first, end = part.bounds(header.shape)
+                shape[part.dim] = end - first
+                _read_part(f, header, part.dim, first, end, memoryview(buffer))
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
         if name.endswith(".scale"):
             _check_scale(header, tensor)
         return tensor
@@ -93,6 +102,28 @@ class Checkpoint:
         parts = [self.config.model_dump_json()]
         parts += [f"{h.name} {h.dtype} {h.shape} {h.file.name}" for h in self.headers.values()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _read(f: FileIO, header: TensorHeader, at: int, into: memoryview) -> None:
+    f.seek(at)
+    done = 0
+    while done < len(into):
+        n = f.readinto(into[done:])
+        if not n:
+            raise CheckpointError(f"{header.file}: {header.name}: the file became shorter")
+        done += n
+
+
+def _read_part(
+    f: FileIO, header: TensorHeader, dim: int, first: int, end: int, into: memoryview
+) -> None:
+    """Read [first, end) along a dimension: one piece, or one for each index before it."""
+    n_pieces = prod(header.shape[:dim])
+    row = header.nbytes // max(1, n_pieces * header.shape[dim])
+    size = (end - first) * row
+    for i in range(n_pieces):
+        at = header.begin + (i * header.shape[dim] + first) * row
+        _read(f, header, at, into[i * size : (i + 1) * size])
 
 
 @dataclass(frozen=True)

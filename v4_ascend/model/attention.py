@@ -11,6 +11,7 @@ from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.compressor import Compressor, Indexer
 from v4_ascend.model.linear import Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.shard import Shard, gathered, span_of, to_heads, to_tokens
 from v4_ascend.ops import (
     fp8_round_trip,
     head_rms_norm,
@@ -44,10 +45,17 @@ class Attention:
     config: ModelConfig
     compress_ratio: int
     quant_sim: bool
+    shard: Shard
 
     @classmethod
     def read(
-        cls, source: Source, at: str, config: ModelConfig, ratio: int, numerics: Numerics
+        cls,
+        source: Source,
+        at: str,
+        config: ModelConfig,
+        ratio: int,
+        numerics: Numerics,
+        shard: Shard,
     ) -> Attention:
         """Read ``at.*``."""
         wo_a = read_plain(source, f"{at}.wo_a", numerics.dtype)
@@ -58,7 +66,7 @@ class Attention:
             wq_b=Linear.read(source, f"{at}.wq_b", numerics),
             wkv=Linear.read(source, f"{at}.wkv", numerics),
             kv_norm=read_plain(source, f"{at}.kv_norm", torch.float32),
-            wo_a=wo_a.unflatten(0, (config.o_groups, config.o_lora_rank)),
+            wo_a=wo_a.unflatten(0, (-1, config.o_lora_rank)),
             wo_b=Linear.read(source, f"{at}.wo_b", numerics),
             sink=source(f"{at}.attn_sink").float(),
             compressor=Compressor.read(source, f"{at}.compressor", ratio, config.norm_eps)
@@ -70,48 +78,82 @@ class Attention:
             config=config,
             compress_ratio=ratio,
             quant_sim=numerics.quant_sim,
+            shard=shard,
         )
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor:
-        """Attend from [n_tokens, dim] to [n_tokens, dim], writing this step's rows first."""
-        c = self.config
-        cos, sin = batch.compress_rope if self.compress_ratio else batch.rope
-        qr = rms_norm(self.wq_a(x), self.q_norm, c.norm_eps)
-        q = self.wq_b(qr).unflatten(-1, (c.n_heads, c.head_dim))
-        q = rope(head_rms_norm(q, c.norm_eps), cos, sin)
-        kv = rope(rms_norm(self.wkv(x), self.kv_norm, c.norm_eps), cos, sin)
-        store_rows(cache.window, self._stored(kv), batch.window_slot_mapping, cache.kv_record)
-        table = self._compress(x, batch, cache)
-        indices = self.indexer(x, qr, batch, cache) if self.indexer else None
-        o = sparse_attn(
-            q,
-            cache.window,
-            batch.window_block_table,
-            cache.compressed,
-            table,
-            indices,
-            cache.kv_record,
-            batch.seq_lens,
-            batch.cu_seqlens,
-            self.sink,
-            c.head_dim**-0.5,
-            c.window_size,
-            self.compress_ratio,
-        )
-        o = rope_inverse(o, cos, sin).flatten(1).unflatten(1, (c.o_groups, -1))
+    def __call__(
+        self, x: torch.Tensor, batch: Batch, own: Batch, cache: LayerCache
+    ) -> torch.Tensor:
+        """Attend from [n_own, dim] to [n_own, dim], writing this step's rows first.
+
+        `own` has the tokens of `x`; `batch` has those of all CP ranks, whose rows are written.
+        """
+        everyone = gathered(x, batch.n_tokens, self.shard.cp)
+        self._write(everyone, batch, cache)
+        qr = rms_norm(self.wq_a(x), self.q_norm, self.config.norm_eps)
+        q = self.wq_b(qr).unflatten(-1, (-1, self.config.head_dim))
+        if not self.shard.dsa_cp:
+            o = self._attend(q, x, qr, everyone, batch, own, cache)
+        else:
+            tp = self.shard.tp
+            first, end = span_of(len(x), tp)
+            q, mine = to_tokens(q, tp), own.tokens(first, end)
+            o = self._attend(q, x[first:end], qr[first:end], everyone, batch, mine, cache)
+            o = to_heads(o, len(x), tp)
+        o = o.flatten(1).unflatten(1, (self.wo_a.shape[0], -1))
         z = torch.einsum("tgd,god->tgo", o, self.wo_a)
-        return self.wo_b(z.flatten(1))
+        return self.shard.tp.all_reduce(self.wo_b(z.flatten(1)))
 
-    def _compress(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> torch.Tensor | None:
-        """Write the rows this step completes; return the table that finds them."""
+    def _write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
+        """Write the window's rows, and the compressed ones this step completes."""
+        cos, sin = batch.compress_rope if self.compress_ratio else batch.rope
+        kv = rope(rms_norm(self.wkv(x), self.kv_norm, self.config.norm_eps), cos, sin)
+        store_rows(cache.window, self._stored(kv), batch.window_slot_mapping, cache.kv_record)
         if self.compressor is None:
-            return None
+            return
         if cache.compressed is None or cache.state is None:
             raise ValueError("a compressing layer's cache needs compressed and state")
         rows = batch.compressed[self.compress_ratio]
         kv = self._stored(self.compressor(x, batch, cache.state))
         store_rows(cache.compressed, kv, rows.slot_mapping, cache.kv_record)
-        return rows.block_table
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        x: torch.Tensor,
+        qr: torch.Tensor,
+        everyone: torch.Tensor,
+        batch: Batch,
+        own: Batch,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """Attend from the queries of `own`, [n_own, n_heads, head_dim]."""
+        c = self.config
+        cos, sin = own.compress_rope if self.compress_ratio else own.rope
+        indices = None
+        if self.indexer is not None:
+            self.indexer.write(everyone, batch, cache)
+            indices = self.indexer(x, qr, own, cache) if len(x) else None
+        if not len(x):
+            return q
+        q = rope(head_rms_norm(q, c.norm_eps), cos, sin)
+        rows = own.compressed[self.compress_ratio] if self.compress_ratio else None
+        o = sparse_attn(
+            q,
+            cache.window,
+            own.window_block_table,
+            cache.compressed,
+            rows.block_table if rows else None,
+            indices,
+            cache.kv_record,
+            own.seq_lens,
+            own.cu_seqlens,
+            self.sink,
+            c.head_dim**-0.5,
+            c.window_size,
+            self.compress_ratio,
+        )
+        return rope_inverse(o, cos, sin)
 
     def _stored(self, kv: torch.Tensor) -> torch.Tensor:
         """Round what is not rotated to FP8, as the model was trained."""

@@ -51,6 +51,36 @@ class Batch:
     compress_rope: tuple[torch.Tensor, torch.Tensor]
     compressed: Mapping[int, CompressedRows]
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return len(self.input_ids)
+
+    def tokens(self, first: int, end: int) -> Batch:
+        """Return the queries of tokens [first, end); caches are addressed as before.
+
+        A sequence that ends behind `end` is as long as its last token here; one that has no
+        token here keeps an empty span.
+        """
+        cu = self.cu_seqlens.clamp(first, end) - first
+        behind = (self.cu_seqlens[1:] - end).clamp(min=0)
+        seq_lens = self.seq_lens - torch.minimum(behind, self.cu_seqlens.diff())
+        return replace(
+            self,
+            input_ids=self.input_ids[first:end],
+            seq_lens=seq_lens,
+            cu_seqlens=cu,
+            window_slot_mapping=self.window_slot_mapping[first:end],
+            rope=_slice(self.rope, first, end),
+            compress_rope=_slice(self.compress_rope, first, end),
+        )
+
+
+def _slice(
+    x: tuple[torch.Tensor, torch.Tensor], first: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x[0][first:end], x[1][first:end]
+
 
 def to_device(value: T, device: torch.device | str) -> T:
     """Copy a step's tensors, however nested, to the device that runs it."""

@@ -93,16 +93,22 @@ class Indexer:
             quant_sim=numerics.quant_sim,
         )
 
+    def write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
+        """Write the keys this step completes."""
+        if cache.index is None or cache.index_state is None:
+            raise ValueError("a CSA layer's cache needs index and index_state")
+        rows = batch.compressed[self.compressor.compress_ratio]
+        keys = self._rotated(self.compressor(x, batch, cache.index_state))
+        store_rows(cache.index, keys, rows.slot_mapping, cache.index_record)
+
     def __call__(
         self, x: torch.Tensor, qr: torch.Tensor, batch: Batch, cache: LayerCache
     ) -> torch.Tensor | None:
         """Choose rows for every token, [n_tokens, topk]; None where all visible ones fit."""
-        if cache.index is None or cache.index_state is None:
-            raise ValueError("a CSA layer's cache needs index and index_state")
+        if cache.index is None:
+            raise ValueError("a CSA layer's cache needs index")
         ratio = self.compressor.compress_ratio
         rows = batch.compressed[ratio]
-        keys = self._rotated(self.compressor(x, batch, cache.index_state))
-        store_rows(cache.index, keys, rows.slot_mapping, cache.index_record)
         if rows.max_visible <= self.topk:
             return None
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))

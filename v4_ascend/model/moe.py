@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.linear import GroupedLinear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.ops import Group, Solo, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
+from v4_ascend.model.shard import Shard, Slots, gathered, span_of
+from v4_ascend.ops import Group, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
 
 
 @dataclass(frozen=True)
@@ -73,36 +75,68 @@ class Experts:
 
 @dataclass(frozen=True)
 class MoE:
-    """The feed-forward half of a layer."""
+    """The feed-forward half of a layer.
+
+    Shapes:
+        load  [n_local]  int64: rows each of this rank's slots got since it was read
+    """
 
     gate: Gate
     experts: Experts
     shared_experts: Experts
-    n_routed_experts: int
-    group: Group
+    slots: Slots | None
+    n_slots: int
+    load: torch.Tensor
+    tp: Group
+    ep: Group
 
     @classmethod
     def read(
-        cls, source: Source, at: str, config: ModelConfig, numerics: Numerics, *, is_hash: bool
+        cls,
+        source: Source,
+        at: str,
+        config: ModelConfig,
+        numerics: Numerics,
+        placed: Sequence[tuple[int, ...]],
+        shard: Shard,
+        *,
+        is_hash: bool,
     ) -> MoE:
-        """Read ``at.*``."""
-        names = [f"{at}.experts.{e}" for e in range(config.n_routed_experts)]
+        """Read ``at.*``, of the routed experts those `placed` on this rank of the EP group."""
+        own = placed[shard.ep.rank]
         limit = config.swiglu_limit
+        gate = Gate.read(source, f"{at}.gate", config, is_hash=is_hash)
+        names = [f"{at}.experts.{e}" for e in own]
+        device = gate.weight.device
         return cls(
-            gate=Gate.read(source, f"{at}.gate", config, is_hash=is_hash),
+            gate=gate,
             experts=Experts.read(source, names, limit, numerics),
             shared_experts=Experts.read(source, [f"{at}.shared_experts"], limit, numerics),
-            n_routed_experts=config.n_routed_experts,
-            group=Solo(),
+            slots=Slots.of(placed, device),
+            n_slots=sum(map(len, placed)),
+            load=torch.zeros(len(own), dtype=torch.int64, device=device),
+            tp=shard.tp,
+            ep=shard.ep,
         )
 
     def __call__(self, x: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Mix experts, [n_tokens, dim] to [n_tokens, dim]; sums are fp32, rounded once."""
+        """Mix experts, [n_tokens, dim] to [n_tokens, dim]; sums are fp32, rounded once.
+
+        TP ranks have the same tokens: each takes a share of them to the experts.
+        """
+        n = len(x)
+        if self.tp.size > 1:
+            first, end = span_of(n, self.tp)
+            x, input_ids = x[first:end], input_ids[first:end]
         weights, ids = self.gate(x, input_ids)
+        if self.slots is not None:
+            ids = self.slots(ids)
         rows, row_weights, group_sizes, source, tokens_per_rank = moe_dispatch(
-            x, ids, weights, self.n_routed_experts, self.group
+            x, ids, weights, self.n_slots, self.ep
         )
+        self.load.add_(group_sizes)
         routed = self.experts(rows, group_sizes, row_weights)
-        y = moe_combine(routed, source, ids.shape[1], tokens_per_rank, self.group)
+        y = moe_combine(routed, source, ids.shape[1], tokens_per_rank, self.ep)
         everyone = torch.tensor([x.shape[0]], device=x.device)
-        return (y + self.shared_experts(x, everyone, None).float()).to(x.dtype)
+        y = (y + self.shared_experts(x, everyone, None).float()).to(x.dtype)
+        return gathered(y, n, self.tp)

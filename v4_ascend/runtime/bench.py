@@ -105,7 +105,7 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
 
     def step(begin: int, end: int) -> torch.Tensor:
         batch = cache.batch([Chunk(0, tokens[begin:end], begin)])
-        return model.head(model(batch, cache.layers)[-1:]).cpu()
+        return model.logits(model(batch, cache.layers)[-1:]).cpu()
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()

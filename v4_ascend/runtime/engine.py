@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,13 +13,17 @@ from v4_ascend.backends import find_backend
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
+from v4_ascend.model.batch import Batch
 from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import sample
+from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
-from v4_ascend.runtime.load import load_model, resolve_checkpoint
+from v4_ascend.runtime.load import load_model, resolve_checkpoint, shard_of
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
-from v4_ascend.runtime.parity import cache_records, sequence_logits
+from v4_ascend.runtime.parity import cache_records
+from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.plan import Plan
 
 CANARY_TOKENS = 140  # crosses the window and both compress ratios
@@ -36,7 +41,10 @@ class CanaryReport:
 
 
 class Engine:
-    """Owns the model and its caches; one step at a time."""
+    """One rank's part of the model and its caches; one step at a time, all ranks alike.
+
+    Slots are numbered over the deployment: DP group g has those from g * `n_slots` on.
+    """
 
     def __init__(
         self,
@@ -48,11 +56,14 @@ class Engine:
         records: tuple[str, str],
         device: str = "cpu",
         min_page_rows: int = 1,
+        groups: Groups | None = None,
     ) -> None:
-        self.model = model
-        self.max_batch_size = max_batch_size
+        self.model, self.groups = model, groups or Groups.solo()
+        self.n_slots = max_batch_size
         self.max_model_len = max_model_len
         self.max_chunk = max_chunk
+        self.device = torch.device(device)
+        self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
         self.cache = KVCache(
             model.config,
             n_slots=max_batch_size,
@@ -62,32 +73,44 @@ class Engine:
             index_record=records[1],
             device=device,
             min_page_rows=min_page_rows,
+            layers=model.shard.layers if groups else None,
         )
 
     @classmethod
-    def load(cls, plan: Plan, progress: Callable[[int, int], None]) -> Engine:
-        """Load the plan's checkpoint; `progress` sees bytes read and in all.
+    def load(
+        cls, plan: Plan, progress: Callable[[int, int], None], groups: Groups | None = None
+    ) -> Engine:
+        """Load what the plan gives this rank; `progress` sees its bytes read and in all.
 
         Raises:
             BackendUnavailableError: the plan's backend cannot run here.
-        CheckpointError: it is not the checkpoint its config describes.
+            CheckpointError: it is not the checkpoint its config describes.
         """
+        groups = groups or Groups.solo()
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
         checkpoint = Checkpoint(resolve_checkpoint(plan.checkpoint))
-        numerics = Numerics.of(checkpoint.config, plan.dtype, plan.quant_sim)
+        config = checkpoint.config
+        numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
         model = load_model(
-            checkpoint, numerics, with_mtp=False, progress=progress, device=backend.device()
+            checkpoint,
+            numerics,
+            with_mtp=False,
+            progress=progress,
+            device=backend.device(),
+            shard=shard_of(plan, groups, config),
+            held=holdings(config, plan, plan.ranks[groups.rank]),
         )
         return cls(
             model,
-            max_batch_size=plan.max_batch_size,
+            max_batch_size=plan.slots_per_group,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
-            records=cache_records(backend, checkpoint.config, numerics, plan.kernels),
+            records=cache_records(backend, config, numerics, plan.kernels),
             device=backend.device(),
             min_page_rows=backend.min_page_rows,
+            groups=groups,
         )
 
     @property
@@ -95,22 +118,78 @@ class Engine:
         """Return the model's configuration."""
         return self.model.config
 
-    @torch.inference_mode()
-    def step(self, step: Step) -> StepResult:
-        """Run the next tokens of some sequences; sample where a sequence asks for it."""
-        chunks = [Chunk(s.slot, s.token_ids, s.start) for s in step.sequences]
-        batch = self.cache.batch(chunks)
-        streams = self.model(batch, self.cache.layers)
-        wanted = [i for i, s in enumerate(step.sequences) if s.sampling is not None]
-        if not wanted:
-            return StepResult(sampled=[])
-        last = batch.cu_seqlens[1:].long()[wanted] - 1
-        logits = self.model.head(streams[last])
-        return StepResult(sampled=_sampled([step.sequences[i] for i in wanted], logits))
+    @property
+    def answers(self) -> bool:
+        """Whether this rank draws tokens: it is on the last stage, the first of its TP group."""
+        return self.model.head is not None and self.groups.tp.rank == 0
 
     @torch.inference_mode()
+    def step(self, step: Step) -> StepResult:
+        """Run the next tokens of this rank's sequences; draw where one asks for it.
+
+        With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
+        """
+        self.groups.flight.step = step.number
+        first = self.groups.dp_rank * self.n_slots
+        mine = [s for s in step.sequences if first <= s.slot < first + self.n_slots]
+        batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
+        if batch is None or self.model.head is None:
+            return StepResult(step.number, [])
+        begin, end = span_of(batch.n_tokens, self.model.shard.cp)
+        last = (batch.cu_seqlens[1:].long() - 1).tolist()
+        wanted = [
+            i for i, s in enumerate(mine) if s.sampling is not None and begin <= last[i] < end
+        ]
+        if not wanted:
+            return StepResult(step.number, [])
+        rows = torch.tensor([last[i] - begin for i in wanted], device=streams.device)
+        logits = self.model.logits(streams[rows])
+        if not self.answers:
+            return StepResult(step.number, [])
+        return StepResult(step.number, _sampled([mine[i] for i in wanted], logits))
+
+    @torch.inference_mode()
+    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """Return fp32 logits of every token of a step, on the last stage; None on the others."""
+        batch, streams = self._forward(chunks)
+        if batch is None or self.model.head is None:
+            return None
+        return gathered(self.model.logits(streams), batch.n_tokens, self.model.shard.cp)
+
+    def _forward(self, chunks: Sequence[Chunk]) -> tuple[Batch | None, torch.Tensor]:
+        """Run this stage: from the tokens or the stage before, on to the stage behind."""
+        groups, model = self.groups, self.model
+        batch = self.cache.batch(chunks) if chunks else None
+        n_own = 0
+        if batch is not None:
+            begin, end = span_of(batch.n_tokens, model.shard.cp)
+            n_own = end - begin
+        streams = None
+        if groups.previous is not None:
+            c = self.config
+            streams = model.no_streams()
+            if n_own:
+                shape = (n_own, c.hc_mult, c.dim)
+                streams = groups.receive(shape, model.numerics.dtype, self.device)
+        x = model(batch, self.cache.layers, streams=streams)
+        if not bool(x.isfinite().all()):
+            raise ParityError(
+                f"rank {groups.rank}: step {groups.flight.step}: layers {model.shard.layers[0]} to "
+                f"{model.shard.layers[1] - 1} made values that are not finite"
+            )
+        if groups.following is not None and n_own:
+            self._send(x)
+        return batch, x
+
+    def _send(self, x: torch.Tensor) -> None:
+        """Send streams without waiting, and let go of those that have arrived."""
+        while self._sends and (work := self._sends[0][1]) is not None and work.is_completed():
+            self._sends.popleft()
+        x = x.contiguous()
+        self._sends.append((x, self.groups.send(x)))
+
     def canary(self) -> CanaryReport:
-        """Check that prefill and decode agree, before the first request.
+        """Check that prefill and decode agree, before the first request; every rank takes part.
 
         Raises:
             ParityError: they do not; the message has position and figures.
@@ -119,10 +198,10 @@ class Engine:
         g = torch.Generator().manual_seed(0)
         ids = torch.randint(0, self.config.vocab_size, (n,), generator=g).tolist()
         split = n // 2
-        whole = sequence_logits(self.model, self.cache, ids, prefill=n, chunk=self.max_chunk)
-        stepped = sequence_logits(
-            self.model, self.cache, ids, prefill=split, chunk=min(split, self.max_chunk)
-        )
+        whole = self._sequence(ids, prefill=n, chunk=self.max_chunk)
+        stepped = self._sequence(ids, prefill=split, chunk=min(split, self.max_chunk))
+        if whole is None or stepped is None:
+            return CanaryReport("unreferenced", 0.0)
         error = (whole - stepped).norm(dim=-1) / whole.norm(dim=-1)
         # The median: one rounding that falls the other way can reroute a token to other
         # experts; a broken cache is wrong at every later position.
@@ -136,6 +215,16 @@ class Engine:
                 f"{n} tokens, worst at token {int(error.argmax())}), must be at most {bound:g}"
             )
         return CanaryReport("unreferenced", worst)
+
+    def _sequence(self, ids: list[int], *, prefill: int, chunk: int) -> torch.Tensor | None:
+        """Return logits of every position of one sequence, run by every DP group alike."""
+        parts, start = [], 0
+        while start < len(ids):
+            size = min(chunk, prefill - start) if start < prefill else 1
+            parts.append(self.logits([Chunk(0, ids[start : start + size], start)]))
+            start += size
+        seen = [p.cpu() for p in parts if p is not None]
+        return torch.cat(seen) if seen else None
 
 
 def _sampled(sequences: list[SequenceStep], logits: torch.Tensor) -> list[Sampled]:

@@ -32,8 +32,9 @@ class Chunk:
 
 
 class KVCache:
-    """Storages of every layer for `n_slots` sequences of up to `max_model_len` tokens.
+    """Storages for `n_slots` sequences of up to `max_model_len` tokens.
 
+    They are of every layer, or of `layers` (half-open), those of a stage.
     `max_chunk` is the most tokens of one sequence a step may bring: a window ring must
     hold them beside the window before. Pages of compressed rows cover a block of tokens, or
     more where kernels want `min_page_rows` in a page.
@@ -50,6 +51,7 @@ class KVCache:
         index_record: str,
         device: torch.device | str = "cpu",
         min_page_rows: int = 1,
+        layers: tuple[int, int] | None = None,
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
@@ -57,9 +59,8 @@ class KVCache:
         self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
         self.ring_blocks = min(ring, self.n_blocks)
-        self.layers = [
-            self._layer(ratio, kv_record, index_record) for ratio in config.compress_ratios
-        ]
+        ratios = config.compress_ratios[slice(*layers)] if layers else config.compress_ratios
+        self.layers = [self._layer(ratio, kv_record, index_record) for ratio in ratios]
 
     def _layer(self, ratio: int, kv_record: str, index_record: str) -> LayerCache:
         c = self.config

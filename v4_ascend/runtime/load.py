@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
+from v4_ascend.runtime.comm import Groups
+from v4_ascend.supernode.experts import by_number
+from v4_ascend.supernode.holdings import Held, bytes_read
+from v4_ascend.supernode.plan import Plan
 
 Progress = Callable[[int, int], None]
 
@@ -22,26 +28,51 @@ def load_model(
     with_mtp: bool,
     progress: Progress,
     device: torch.device | str = "cpu",
+    shard: Shard | None = None,
+    held: Mapping[str, Held] | None = None,
 ) -> Transformer:
-    """Read the model to a device; `progress` sees bytes read and bytes in all.
+    """Read the model, or what a rank of it holds, to a device.
+
+    `progress` sees bytes read and bytes in all: of the rank, whose bytes alone are read.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
     checkpoint.require_complete()
-    headers = checkpoint.headers.values()
-    is_read = [h for h in headers if with_mtp or not h.name.startswith("mtp.")]
-    total = sum(h.nbytes for h in is_read)
+    if held is None:
+        headers = checkpoint.headers.values()
+        total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
+    else:
+        total = bytes_read(held)
     done = 0
 
     def source(name: str) -> torch.Tensor:
         nonlocal done
-        tensor = checkpoint.tensor(name)
+        tensor = checkpoint.tensor(name, held[name].part if held is not None else None)
         done += tensor.nbytes
         progress(done, total)
         return tensor.to(device)
 
-    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp)
+    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
+
+
+def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:
+    """Return what the plan gives the rank that is in these groups."""
+    p, rank = plan.parallel, plan.ranks[groups.rank]
+    first, end = rank.layers
+    placed = (
+        plan.expert_placement[first:end]
+        if plan.expert_placement is not None
+        else (by_number(config.n_routed_experts, p.ep_size),) * (end - first)
+    )
+    return Shard(
+        layers=rank.layers,
+        placement=placed,
+        tp=groups.tp,
+        cp=groups.cp,
+        ep=groups.ep,
+        dsa_cp=p.dsa_cp,
+    )
 
 
 def resolve_checkpoint(reference: str) -> Path:

@@ -44,8 +44,9 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Front to rank: one step."""
+    """Front to ranks: one step, the same for all of them, in the order of their numbers."""
 
+    number: int
     sequences: list[SequenceStep]
 
 
@@ -66,6 +67,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 class StepResult(msgspec.Struct, frozen=True, tag=True):
     """Rank to front: what a step drew."""
 
+    number: int
     sampled: list[Sampled]
 
 

@@ -112,7 +112,7 @@ def sequence_logits(
         size = min(chunk, prefill - start) if start < prefill else 1
         batch = cache.batch([Chunk(0, token_ids[start : start + size], start)])
         with trace.step(start) if trace else nullcontext() as observe:
-            logits.append(model.head(model(batch, cache.layers, observe)).cpu())
+            logits.append(model.logits(model(batch, cache.layers, observe)).cpu())
         start += size
     return torch.cat(logits)
 

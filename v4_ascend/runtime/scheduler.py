@@ -65,6 +65,7 @@ class Scheduler:
         self._running: dict[int, _Running] = {}
         self._in_step: dict[int, int] = {}  # request -> tokens the step in flight adds
         self._cancelled: set[int] = set()
+        self._number = 0
 
     @property
     def n_requests(self) -> int:
@@ -102,7 +103,8 @@ class Scheduler:
             self._running[request.id] = _Running(request, self._free.pop(0))
         steps = [r.next_step(self.max_chunk) for r in self._running.values()]
         self._in_step = {s.request: len(s.token_ids) for s in steps}
-        return Step(steps) if steps else None
+        self._number += 1
+        return Step(self._number, steps) if steps else None
 
     def apply(self, result: StepResult) -> list[Token]:
         """Take in what the step drew; return the tokens of requests still wanted."""

@@ -1,0 +1,201 @@
+"""Process groups by name: the one place that talks to torch.distributed.
+
+The same calls run on HCCL, NCCL and gloo. Every tensor travels as bytes, so that no backend
+needs to know FP8; only sums need their dtype.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from v4_ascend.errors import DeployError
+from v4_ascend.ops import Group, Solo
+from v4_ascend.runtime.flight import Flight
+from v4_ascend.supernode.plan import Plan
+
+Work = dist.Work
+BACKEND_OF_DEVICE = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+class CommGroup:
+    """Ranks that exchange tensors; the same calls, in the same order, on each of them."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], me: int, handle: dist.ProcessGroup, flight: Flight
+    ) -> None:
+        self.name, self.ranks = name, tuple(ranks)
+        self.rank, self.size = self.ranks.index(me), len(ranks)
+        self._handle, self._flight = handle, flight
+
+    def all_gather(
+        self, x: torch.Tensor, sizes: Sequence[int] | None = None
+    ) -> Sequence[torch.Tensor]:
+        """Return every rank's tensor in rank order; `sizes` are their dim 0, if known."""
+        if sizes is None:
+            mine = torch.tensor([x.shape[0]], device=x.device)
+            every = [torch.empty_like(mine) for _ in self.ranks]
+            with self._flight.exchange(self.name, "all_gather sizes", mine):
+                dist.all_gather(every, mine, group=self._handle)
+            sizes = [int(n) for n in every]
+        most = max(sizes)
+        if not most:
+            return [x] * self.size
+        padded = _bytes(x)
+        if len(padded) < most:
+            padded = torch.cat((padded, padded.new_zeros(most - len(padded), *padded.shape[1:])))
+        parts = [torch.empty_like(padded) for _ in self.ranks]
+        with self._flight.exchange(self.name, "all_gather", x):
+            dist.all_gather(parts, padded, group=self._handle)
+        return [_typed(p[:n], x) for p, n in zip(parts, sizes, strict=True)]
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of equally shaped tensors."""
+        total = x.clone()
+        if x.numel():
+            with self._flight.exchange(self.name, "all_reduce", x):
+                dist.all_reduce(total, group=self._handle)
+        return total
+
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        """Send part r to rank r; return what each rank sent, `sizes` rows of it."""
+        like = parts[0]
+        sent = _bytes(torch.cat(list(parts)))
+        got = sent.new_empty(sum(sizes), *sent.shape[1:])
+        with self._flight.exchange(self.name, "all_to_all", sent):
+            dist.all_to_all_single(
+                got, sent, list(sizes), [len(p) for p in parts], group=self._handle
+            )
+        return _typed(got, like).split(list(sizes))
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """View [n, ...] as bytes [n, width]."""
+    return x.contiguous().view(x.shape[0], -1).view(torch.uint8)
+
+
+def _typed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x.view(like.dtype).view(x.shape[0], *like.shape[1:])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups one rank is in, and its place among the stages."""
+
+    rank: int
+    pp_rank: int
+    dp_rank: int
+    tp: Group
+    cp: Group
+    ep: Group
+    flight: Flight
+    previous: int | None = None  # the rank with our part of the stage before
+    following: int | None = None
+
+    @classmethod
+    def solo(cls) -> Groups:
+        """Return the groups of a world of one."""
+        return cls(0, 0, 0, Solo(), Solo(), Solo(), Flight())
+
+    @classmethod
+    def join(cls, plan: Plan, rank: int, device: torch.device) -> Groups:
+        """Meet the other ranks and build the plan's groups.
+
+        Raises:
+            DeployError: the ranks have different plans.
+        """
+        p = plan.parallel
+        flight = Flight(rank)
+        dist.init_process_group(
+            BACKEND_OF_DEVICE[device.type],
+            rank=rank,
+            world_size=p.world_size,
+            timeout=timedelta(seconds=float(os.environ.get("V4_ASCEND_COMM_TIMEOUT", "60"))),
+        )
+        _agree(plan, rank)
+        stage, within = divmod(rank, p.stage_size)
+        dp_rank = within // (p.cp_size * p.tp_size)
+        mine: dict[str, Group] = {}
+        for name, ranks in group_ranks(plan):
+            if len(ranks) == 1:
+                if rank in ranks:
+                    mine[name] = Solo()
+                continue
+            handle = dist.new_group(list(ranks))
+            if rank in ranks and handle is not None:
+                mine[name] = CommGroup(name, ranks, rank, handle, flight)
+        return cls(
+            rank,
+            stage,
+            dp_rank,
+            mine["tp"],
+            mine["cp"],
+            mine["ep"],
+            flight,
+            rank - p.stage_size if stage else None,
+            rank + p.stage_size if stage < p.pp_size - 1 else None,
+        )
+
+    def receive(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Wait for the streams of the stage before."""
+        if self.previous is None:
+            raise ValueError("the first stage receives nothing")
+        x = torch.empty(*shape, dtype=dtype, device=device)
+        with self.flight.exchange("pp", f"receive from rank {self.previous}", x):
+            dist.recv(_bytes(x), src=self.previous)
+        return x
+
+    def send(self, x: torch.Tensor) -> dist.Work | None:
+        """Begin to send streams to the next stage; keep `x` until the work is done."""
+        if self.following is None:
+            raise ValueError("the last stage sends nothing")
+        self.flight.count("pp", x)
+        return dist.isend(_bytes(x), dst=self.following)
+
+
+def group_ranks(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every group of a plan by name, in the one order in which all ranks make them."""
+    p = plan.parallel
+    for stage in range(p.pp_size):
+        base = stage * p.stage_size
+        for first in range(base, base + p.stage_size, p.tp_size):
+            yield "tp", tuple(range(first, first + p.tp_size))
+        for dp in range(p.dp_size):
+            for tp in range(p.tp_size):
+                first = base + dp * p.cp_size * p.tp_size + tp
+                yield "cp", tuple(range(first, first + p.cp_size * p.tp_size, p.tp_size))
+        for first in range(base, base + p.stage_size, p.ep_size):
+            yield "ep", tuple(range(first, first + p.ep_size))
+
+
+def _agree(plan: Plan, rank: int) -> None:
+    digests: list[str] = [""] * plan.parallel.world_size
+    dist.all_gather_object(digests, plan.digest)
+    for other, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise DeployError(
+                f"rank {rank}: rank 0 has plan {digests[0][:16]}, rank {other} has {digest[:16]}"
+            )
+
+
+@contextmanager
+def joined(plan: Plan, rank: int, device: torch.device) -> Iterator[Groups]:
+    """Join, and leave whatever happens."""
+    if plan.parallel.world_size == 1:
+        yield Groups.solo()
+        return
+    try:
+        yield Groups.join(plan, rank, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
