@@ -1,6 +1,7 @@
 """Any legal layout computes what one process computes, over real processes and gloo."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def run_ranks(folder, plans, n_ranks, timeout=240):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=os.environ | {"V4_ASCEND_COMM_TIMEOUT": "30"},
         )
         for rank in range(n_ranks)
     ]
@@ -136,8 +138,8 @@ def run_ranks(folder, plans, n_ranks, timeout=240):
         for p in processes:
             p.kill()
             p.wait()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}: {output[-3000:]}"
+    failed = {r: out[-1500:] for r, out in enumerate(outputs) if processes[r].returncode}
+    assert not failed, "\n".join(f"rank {r}: {text}" for r, text in failed.items())
     return cases
 
 
@@ -162,8 +164,9 @@ def check(folder, checkpoint, plans, cases):
         n_tokens = sum(len(c[1]) for step in cases[name]["steps"] for dp in step for c in dp)
         check_facts(folder, checkpoint, name, plan, n_tokens)
     assert {name: error for name, error in worst.items() if not error < 1e-5} == {}
-    # Nothing but the order of TP's sums differs.
-    assert all(worst[n] == 0.0 for n, p in plans.items() if p.parallel.tp_size == 1), worst
+    # Other sizes of products sum in another order; DP and PP alone change none.
+    alike = [n for n in plans if not set(LAYOUTS[n]) - {"dp_size", "pp_size"}]
+    assert all(worst[n] == 0.0 for n in alike), worst
 
 
 def check_facts(folder, checkpoint, name, plan, n_tokens):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class CommGroup:
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """View [n, ...] as bytes [n, width]."""
-    return x.contiguous().view(x.shape[0], -1).view(torch.uint8)
+    return x.contiguous().view(len(x), prod(x.shape[1:])).view(torch.uint8)
 
 
 def _typed(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -196,6 +197,7 @@ def joined(plan: Plan, rank: int, device: torch.device) -> Iterator[Groups]:
         return
     try:
         yield Groups.join(plan, rank, device)
+        dist.barrier()  # whoever leaves first takes its unread streams along
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
