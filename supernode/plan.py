@@ -10,9 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from v4_ascend.config.devices import DeviceProfile, device_profile
-from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig, Topology
-from v4_ascend.errors import ConfigError, NotYetError
+from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.experts import LayerPlacement
 
 Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
@@ -111,37 +110,6 @@ def experts_of(plan: Plan, rank: Rank) -> tuple[tuple[int, ...], ...]:
         return (tuple(range(*rank.experts)),) * (rank.layers[1] - rank.layers[0])
     group_rank = rank.rank % p.stage_size % p.ep_size
     return tuple(layer[group_rank] for layer in plan.expert_placement[slice(*rank.layers)])
-
-
-def trivial_plan(topology: Topology, config: ModelConfig) -> Plan:
-    """Plan one rank that holds the whole model.
-
-    Raises:
-        ConfigError: the model is not made for the asked length.
-        NotYetError: the topology has more than one device, or its layout more than one rank.
-    """
-    t, serve = topology, topology.serve
-    if t.cluster.n_devices != 1:
-        raise NotYetError(
-            t.where("cluster.supernodes"),
-            f"{t.cluster.n_devices} devices: not yet; a plan of one device is what there is",
-        )
-    if t.layout != "auto" and t.layout.world_size != 1:
-        raise NotYetError(
-            t.where("layout"),
-            f"layout: {t.layout.world_size} ranks: not yet; a plan of one rank is what there is",
-        )
-    if serve.max_model_len > config.max_seq_len:
-        raise ConfigError(
-            t.where("serve.max_model_len"),
-            f"serve.max_model_len ({serve.max_model_len}) exceeds what the model is made for "
-            f"({config.max_seq_len})",
-        )
-    hosts = t.cluster.supernodes[0].hosts or ("localhost",)
-    rank = Rank(
-        rank=0, host=hosts[0], layers=(0, config.n_layers), experts=(0, config.n_routed_experts)
-    )
-    return plan_of(t, ParallelConfig(), (rank,))
 
 
 def plan_of(

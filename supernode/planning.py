@@ -9,8 +9,9 @@ from v4_ascend.config.devices import DeviceProfile, WeightFormat
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig, Pool, Topology
-from v4_ascend.errors import ConfigError
+from v4_ascend.errors import ConfigError, PlanError
 from v4_ascend.supernode.experts import ExpertLoad, by_number, place_layer
+from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.memory import Serving
 from v4_ascend.supernode.plan import Plan, Rank, plan_of
 from v4_ascend.supernode.search import Choice, Demand, Found, Search
@@ -232,6 +233,31 @@ def plan_for(topology: Topology, pool: PoolPlan) -> Plan:
         placement = (even,) * config.n_layers
     ranks = ranks_of(pool.system, config, pool.chosen)
     return plan_of(topology, p, ranks, pool.system.profile, pool.system.role, placement)
+
+
+def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
+    """Plan what is to run: the topology's layout, or the best one of its devices.
+
+    Raises:
+        ConfigError: the model is not made for the asked length, or TP cuts through a block of it.
+        PlanError: no layout is legal; the message has the rule and its numbers.
+    """
+    t = topology
+    (pool,) = plan_pools(t, PlannedModel(config, t.model.name, t.model.checkpoint))
+    if pool.chosen is None:
+        refused = pool.found.rejected[0]
+        raise PlanError(
+            f"no legal layout of {t.model.name} on {pool.system.n_devices} x "
+            f"{pool.system.profile.name}: {refused.rule.code}: {refused.examples[0][1]}; "
+            "v4-ascend plan --explain has all reasons"
+        )
+    plan = plan_for(t, pool)
+    try:
+        for stage in range(plan.parallel.pp_size):
+            holdings(config, plan, plan.ranks[stage * plan.parallel.stage_size])
+    except ValueError as e:
+        raise ConfigError(t.where("layout"), str(e)) from e
+    return plan
 
 
 def layout_name(p: ParallelConfig) -> str:

@@ -190,7 +190,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(served):
     assert "held by pid" in done.stderr
 
 
-def test_a_rank_that_dies_ends_the_deployment_with_exit_6(box, tmp_path):
+def test_a_rank_that_dies_is_named_and_started_again(box, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
     with (tmp_path / "out").open("w") as out:
@@ -199,7 +199,14 @@ def test_a_rank_that_dies_ends_the_deployment_with_exit_6(box, tmp_path):
         )
     try:
         wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
-        for pid in _of(box, b"runtime.worker", b"mortal"):
+        (rank,) = _workers(box, b"mortal")
+        os.kill(rank, signal.SIGKILL)
+        url = f"http://127.0.0.1:{port}/ready"
+        lost = wait_for(lambda: (a := httpx.get(url)).status_code == 503 and a.json())
+        assert lost["reason"].startswith("rank 0 (stage 0, layers 0 to 5, experts 0 to 7, ")
+        assert lost["reason"].endswith(f"ended (pid {rank})")
+        wait_for(lambda: httpx.get(url).status_code == 200, seconds=60)
+        for pid in _of(box, b"torch.distributed.run", b"mortal"):
             os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=60) == 6
         assert "mortal" in (tmp_path / "out").read_text()
@@ -268,6 +275,11 @@ def test_a_rank_does_not_outlive_torchrun(box, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def _workers(box, *parts):
+    """The ranks; torchrun's own command line names the worker too."""
+    return [p for p in _of(box, b"runtime.worker", *parts) if b"distributed.run" not in cmdline(p)]
 
 
 def _of(box, *parts):

@@ -121,3 +121,39 @@ def test_prompts_in_chunks_and_decoding_share_steps():
     step = scheduler.next_step()
     assert [len(s.token_ids) for s in step.sequences] == [1, 4]
     assert step.sequences[1].sampling is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 9)), min_size=1, max_size=12),
+    n_in_flight=st.integers(1, 4),
+    n_groups=st.integers(1, 3),
+)
+def test_steps_in_flight_never_share_a_sequence_that_draws(shapes, n_in_flight, n_groups):
+    n_slots = 2 * n_groups
+    scheduler = Scheduler(
+        max_batch_size=n_slots,
+        max_chunk=5,
+        max_waiting=99,
+        eos_id=EOS,
+        n_groups=n_groups,
+        n_in_flight=n_in_flight,
+    )
+    machine, flying = Machine(n_slots, 5), []
+    wanted = [request(n, *shape) for n, shape in enumerate(shapes)]
+    for r in wanted:
+        scheduler.add(r)
+    seen, most = {r.id: 0 for r in wanted}, 0
+    while True:
+        while (step := scheduler.next_step()) is not None:
+            flying.append(step)
+            most = max(most, len(flying))
+            drawing = [s.request for f in flying for s in f.sequences if s.sampling]
+            assert len(set(drawing)) == len(drawing)
+        if not flying:
+            break
+        for token in scheduler.apply(machine.run(flying.pop(0))):
+            seen[token.request] += 1
+    assert scheduler.n_requests == 0
+    assert most <= n_in_flight
+    assert all(n >= 1 for n in seen.values())

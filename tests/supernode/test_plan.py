@@ -7,14 +7,15 @@ import pytest
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import load_topology
-from v4_ascend.errors import ConfigError, NotYetError
-from v4_ascend.supernode.plan import Plan, trivial_plan
+from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.plan import Plan
+from v4_ascend.supernode.planning import deploy_plan
 
 TINY = ModelConfig.read(preset_path("tiny"))
 
 
 def laptop(*overrides):
-    return trivial_plan(load_topology("laptop", overrides), TINY)
+    return deploy_plan(load_topology("laptop", overrides), TINY)
 
 
 def test_one_rank_holds_every_layer_and_expert():
@@ -36,17 +37,27 @@ def test_a_chunk_is_never_longer_than_a_request():
     assert laptop("serve.max_model_len=64", "runtime.max_chunk=512").max_chunk == 64
 
 
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("cluster.supernodes=[{name: a, host_count: 16}]", "--set cluster.supernodes: 16 devices"),
-        ("layout={pp_size: 4, dp_size: 4, ep_size: 4}", "--set layout: layout: 16 ranks"),
-    ],
-    ids=["devices", "ranks"],
-)
-def test_more_than_one_rank_is_not_yet_planned(override, says):
-    with pytest.raises(NotYetError, match=f"{says}: not yet"):
-        laptop(override)
+SIXTEEN = "cluster.supernodes=[{name: a, hosts: [localhost], devices_per_host: 16}]"
+
+
+def test_sixteen_devices_get_sixteen_ranks():
+    plan = laptop(SIXTEEN, "layout={pp_size: 4, dp_size: 4, ep_size: 4}", "serve.concurrency=6")
+    assert len(plan.ranks) == 16
+    assert {r.layers for r in plan.ranks} == {(0, 2), (2, 3), (3, 5), (5, 6)} or all(
+        sum(r.layers == x.layers for x in plan.ranks) == 4 for r in plan.ranks
+    )
+    assert plan.slots_per_group == 2
+
+
+def test_tp_that_cuts_a_block_of_scales_is_refused():
+    two = "cluster.supernodes=[{name: a, hosts: [localhost], devices_per_host: 2}]"
+    with pytest.raises(ConfigError, match=r"--set layout: tp_size 2: .*wo_. *\.scale: 1 along"):
+        laptop(two, "layout={tp_size: 2}")
+
+
+def test_more_ranks_than_devices_are_refused():
+    with pytest.raises(ConfigError, match="16 ranks, the pool has 1 devices"):
+        laptop("layout={pp_size: 4, dp_size: 4, ep_size: 4}")
 
 
 def test_a_layout_of_one_rank_is_the_automatic_one():

@@ -33,14 +33,14 @@ def deploy_command(
     from v4_ascend.config.topology import load_topology, require_supported
     from v4_ascend.deploy.state import find
     from v4_ascend.runtime.load import resolve_checkpoint
-    from v4_ascend.supernode.plan import trivial_plan
+    from v4_ascend.supernode.planning import deploy_plan
 
     overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
     wanted = load_topology(topology, overrides)
     require_supported(wanted)
     checkpoint = Checkpoint(resolve_checkpoint(wanted.model.checkpoint))
     checkpoint.require_complete()
-    plan = trivial_plan(wanted, checkpoint.config)
+    plan = deploy_plan(wanted, checkpoint.config)
     if dry_run:
         typer.echo(plan.model_dump_json(indent=2))
         return

@@ -262,10 +262,12 @@ def require_supported(topology: Topology) -> None:
         NotYetError: where the first such key is given.
     """
     t = topology
+    n_hosts = sum(s.n_devices // s.devices_per_host for s in t.cluster.supernodes)
+    is_emulated = device_profile(t.cluster.device, t.where("cluster.device")).emulated
     for key, is_asked, today in (
         ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
-        ("cluster.supernodes", t.cluster.n_devices != 1, "one device"),
-        ("layout", t.layout != "auto" and t.layout.world_size != 1, "one rank"),
+        ("cluster.supernodes", n_hosts != 1, "one host"),
+        ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
         ("serve.n_draft_tokens", t.serve.n_draft_tokens > 0, "no speculation"),
         ("engine", t.engine != "native", "'native'"),

@@ -22,6 +22,7 @@ from v4_ascend.supernode.plan import Plan
 
 POLL_SECONDS = 0.1
 KILL_SECONDS = 5
+MAX_RESTARTS = 3
 Report = Callable[[str], None]
 
 
@@ -163,8 +164,12 @@ def _torchrun(plan: Plan) -> tuple[list[str], dict[str, str]]:
     if plan.emulated:
         python, env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(environment("npu")), "0"
     command = [
-        *(python, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "1"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", "0"),
+        *(python, "-m", "torch.distributed.run", "--nnodes", "1"),
+        *("--nproc-per-node", str(plan.parallel.world_size)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+        *("--max-restarts", str(MAX_RESTARTS)),
+        # Slower than the front's watch: it must see which rank ended before all others are.
+        *("--monitor-interval", "1"),
         *("-m", "v4_ascend.runtime.worker"),
     ]
     return command, env

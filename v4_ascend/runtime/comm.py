@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,11 +116,13 @@ class Groups:
         """
         p = plan.parallel
         flight = Flight(rank)
+        timeout = timedelta(seconds=float(os.environ.get("V4_ASCEND_COMM_TIMEOUT", "60")))
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
+            store=_store(rank, p.world_size, timeout),
             rank=rank,
             world_size=p.world_size,
-            timeout=timedelta(seconds=float(os.environ.get("V4_ASCEND_COMM_TIMEOUT", "60"))),
+            timeout=timeout,
         )
         _agree(plan, rank)
         stage, within = divmod(rank, p.stage_size)
@@ -177,6 +180,20 @@ def group_ranks(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield "cp", tuple(range(first, first + p.cp_size * p.tp_size, p.tp_size))
         for first in range(base, base + p.stage_size, p.ep_size):
             yield "ep", tuple(range(first, first + p.ep_size))
+
+
+def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """Meet where torchrun says; its store outlives ranks, whose addresses are an attempt's own."""
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0 and not is_torchruns,
+        timeout=timeout,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
 
 
 def _agree(plan: Plan, rank: int) -> None:

@@ -63,8 +63,10 @@ class Front:
             max_chunk=self.plan.max_chunk,
             max_waiting=MAX_WAITING,
             eos_id=self.config.eos_token_id,
+            n_groups=self.plan.parallel.dp_size,
+            n_in_flight=self.plan.parallel.pp_size,
         )
-        self.dispatcher = Dispatcher(scheduler, state)
+        self.dispatcher = Dispatcher(scheduler, state, self.plan)
 
     def chat(self, body: ChatBody) -> Wanted:
         """Encode a conversation."""

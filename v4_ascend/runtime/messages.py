@@ -1,4 +1,4 @@
-"""What the front and rank 0 say to each other."""
+"""What the front and the ranks say to each other."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front, once a second from a thread: it lives, and where it is.
+
+    `waiting` is the exchange it is in, if it is in one.
+    """
+
+    step: int
+    n_exchanges: int
+    waiting: str | None
+
+
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Front to ranks: one step, the same for all of them, in the order of their numbers."""
 
@@ -77,4 +88,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromRank = Hello | Loading | Ready | StepResult | Failed
+FromRank = Hello | Beat | Loading | Ready | StepResult | Failed

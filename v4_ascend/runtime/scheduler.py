@@ -36,35 +36,54 @@ class Token:
 class _Running:
     request: Request
     slot: int
-    n_done: int = 0  # tokens in the slot's caches
+    n_sent: int = 0  # tokens given to steps; earlier steps end before later ones
+    n_in_flight: int = 0
+    is_drawing: bool = False  # a step in flight draws its next token
+    is_cancelled: bool = False
+    last_step: int = 0
     drawn: list[int] = field(default_factory=list)
 
-    def next_step(self, max_chunk: int) -> SequenceStep:
+    def next_step(self, max_chunk: int, number: int) -> SequenceStep:
         r, n_prompt = self.request, len(self.request.prompt_ids)
-        if self.n_done < n_prompt:
-            ids = list(r.prompt_ids[self.n_done : self.n_done + max_chunk])
-            is_last = self.n_done + len(ids) == n_prompt
+        if self.n_sent < n_prompt:
+            ids = list(r.prompt_ids[self.n_sent : self.n_sent + max_chunk])
+            is_last = self.n_sent + len(ids) == n_prompt
             sampling = r.sampling if is_last else None
         else:
             ids, sampling = self.drawn[-1:], r.sampling
-        return SequenceStep(r.id, self.slot, ids, self.n_done, sampling)
+        step = SequenceStep(r.id, self.slot, ids, self.n_sent, sampling)
+        self.n_sent += len(ids)
+        self.n_in_flight += 1
+        self.is_drawing, self.last_step = sampling is not None, number
+        return step
 
 
 class Scheduler:
     """First come, first served; prompts in chunks beside the others' decoding.
 
-    A slot belongs to one request from its first chunk to its end.
+    A slot belongs to one request from its first chunk to its end; requests go to the DP group
+    with the most free slots. `n_in_flight` steps may be on their way through the stages of a
+    pipeline: they share the running requests, and follow each other chunk by chunk.
     """
 
     def __init__(
-        self, *, max_batch_size: int, max_chunk: int, max_waiting: int, eos_id: int
+        self,
+        *,
+        max_batch_size: int,
+        max_chunk: int,
+        max_waiting: int,
+        eos_id: int,
+        n_groups: int = 1,
+        n_in_flight: int = 1,
     ) -> None:
         self.max_chunk, self.max_waiting, self.eos_id = max_chunk, max_waiting, eos_id
-        self._free = list(range(max_batch_size))
+        self.n_in_flight, self._per_group = n_in_flight, -(-max_batch_size // n_groups)
+        self._free = [
+            list(range(g * self._per_group, (g + 1) * self._per_group)) for g in range(n_groups)
+        ]
         self._waiting: deque[Request] = deque()
         self._running: dict[int, _Running] = {}
-        self._in_step: dict[int, int] = {}  # request -> tokens the step in flight adds
-        self._cancelled: set[int] = set()
+        self._flying: dict[int, list[int]] = {}  # step -> its requests
         self._number = 0
 
     @property
@@ -89,38 +108,48 @@ class Scheduler:
             )
 
     def cancel(self, request_id: int) -> None:
-        """Forget a request; a slot in the step in flight is freed when that ends."""
+        """Forget a request; a slot in a step in flight is freed when that ends."""
         self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        if request_id in self._in_step:
-            self._cancelled.add(request_id)
-        elif request_id in self._running:
-            self._release(request_id)
+        if (running := self._running.get(request_id)) is not None:
+            running.is_cancelled = True
+            self._release_unused(request_id)
 
     def next_step(self) -> Step | None:
-        """Admit what fits and lay out the next step; None when there is nothing to do."""
-        while self._waiting and self._free:
+        """Admit what fits and lay out the next step; None when there is nothing to do now."""
+        if len(self._flying) >= self.n_in_flight:
+            return None
+        while self._waiting and any(self._free):
+            slot = max(self._free, key=len).pop(0)
             request = self._waiting.popleft()
-            self._running[request.id] = _Running(request, self._free.pop(0))
-        steps = [r.next_step(self.max_chunk) for r in self._running.values()]
-        self._in_step = {s.request: len(s.token_ids) for s in steps}
+            self._running[request.id] = _Running(request, slot)
+        ready = [r for r in self._running.values() if not (r.is_drawing or r.is_cancelled)]
+        if not ready:
+            return None
         self._number += 1
-        return Step(self._number, steps) if steps else None
+        share = -(-len(self._running) // self.n_in_flight)
+        longest = {r.slot for r in sorted(ready, key=lambda r: r.last_step)[:share]}
+        chosen = [r for r in ready if r.slot in longest]
+        self._flying[self._number] = [r.request.id for r in chosen]
+        return Step(self._number, [r.next_step(self.max_chunk, self._number) for r in chosen])
 
     def apply(self, result: StepResult) -> list[Token]:
-        """Take in what the step drew; return the tokens of requests still wanted."""
-        for request_id, n_tokens in self._in_step.items():
-            self._running[request_id].n_done += n_tokens
-        self._in_step = {}
-        for request_id in self._cancelled:
-            self._release(request_id)
-        self._cancelled = set()
-        return [self._drawn(s) for s in result.sampled if s.request in self._running]
+        """Take in what a step drew; return the tokens of requests still wanted."""
+        for request_id in self._flying.pop(result.number):
+            running = self._running[request_id]
+            running.n_in_flight -= 1
+            running.is_drawing = running.is_drawing and running.n_in_flight > 0
+            self._release_unused(request_id)
+        return [self._drawn(s) for s in result.sampled if self._is_wanted(s.request)]
+
+    def _is_wanted(self, request_id: int) -> bool:
+        running = self._running.get(request_id)
+        return running is not None and not running.is_cancelled
 
     def abandon(self) -> list[int]:
         """Drop every request, as when the ranks died; return their ids."""
         ids = [*self._running, *(r.id for r in self._waiting)]
         self._waiting.clear()
-        self._in_step, self._cancelled = {}, set()
+        self._flying = {}
         for request_id in list(self._running):
             self._release(request_id)
         return ids
@@ -137,5 +166,11 @@ class Scheduler:
             self._release(sampled.request)
         return Token(sampled.request, sampled, finish)
 
+    def _release_unused(self, request_id: int) -> None:
+        running = self._running[request_id]
+        if running.is_cancelled and not running.n_in_flight:
+            self._release(request_id)
+
     def _release(self, request_id: int) -> None:
-        self._free.append(self._running.pop(request_id).slot)
+        slot = self._running.pop(request_id).slot
+        self._free[slot // self._per_group].append(slot)

@@ -6,34 +6,39 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import torch
 
 from v4_ascend import emulation
+from v4_ascend.backends import find_backend
 from v4_ascend.errors import V4AscendError
 from v4_ascend.ops import use_policy
+from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.link import Address, RankLink
-from v4_ascend.runtime.messages import Failed, Hello, Loading, Ready
+from v4_ascend.runtime.messages import Beat, Failed, Loading, Ready
 from v4_ascend.supernode.plan import Plan
 
+BEAT_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
     """Serve the front until it is gone; exit 1 if that is not possible."""
     _die_with_parent()
-    state = Path(sys.argv[1])
+    state, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     address = Address.read(state)
-    link = RankLink(address)
-    link.send(Hello(address.secret, os.getpid()))
+    link = RankLink(address, rank)
     try:
         plan = Plan.read(state / "plan.json")
         if plan.emulated:
             emulation.install(plan.chip or "950dt")
         with use_policy(backend=plan.backend, kernels=plan.kernels, fallback=plan.fallback):
-            _serve(link, plan)
+            _serve(link, plan, rank, address)
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
         link.send(Failed(f"{type(e).__name__}: {e}"))
         raise
@@ -45,7 +50,7 @@ def _die_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
-def _serve(link: RankLink, plan: Plan) -> None:
+def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
     torch.set_grad_enabled(False)
     reported = -1
 
@@ -56,11 +61,24 @@ def _serve(link: RankLink, plan: Plan) -> None:
             reported = tenth
             link.send(Loading(done, total))
 
-    engine = Engine.load(plan, progress)
-    report = engine.canary()
-    link.send(Ready(report.kind, report.median_relative_error))
-    while (step := link.receive()) is not None:
-        link.send(engine.step(step))
+    device = torch.device(find_backend(plan.backend, "plan.backend").device())
+    with joined(plan, rank, device) as groups:
+        beat = Thread(target=_beat, args=(address, rank, groups.flight), daemon=True)
+        beat.start()
+        engine = Engine.load(plan, progress, groups if plan.parallel.world_size > 1 else None)
+        report = engine.canary()
+        link.send(Ready(report.kind, report.median_relative_error))
+        while (step := link.receive()) is not None:
+            result = engine.step(step)
+            if engine.answers:
+                link.send(result)
+
+
+def _beat(address: Address, rank: int, flight: Flight) -> None:
+    link = RankLink(address, rank, "-beat")
+    while True:
+        link.send(Beat(flight.step, flight.n_exchanges, flight.waiting))
+        time.sleep(BEAT_SECONDS)
 
 
 if __name__ == "__main__":

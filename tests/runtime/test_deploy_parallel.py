@@ -1,0 +1,75 @@
+"""Four ranks behind one front: the answers of one process, faults named, nothing left behind."""
+
+import os
+import signal
+import time
+
+import httpx
+import pytest
+from test_deploy import ASK, Box, _of, _workers, free_port, wait_for
+
+LAYOUT = "layout={pp_size: 2, dp_size: 2, ep_size: 2}"
+DEVICES = "cluster.supernodes=[{name: here, hosts: [localhost], devices_per_host: 4}]"
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    box = Box(tmp_path_factory.mktemp("four"))
+    done = box.run("init", "--preset", "tiny", "--format", "fp32", "--out", box.folder / "tiny")
+    assert done.returncode == 0, done.stderr
+    return box
+
+
+def ask(box, seed, **changes):
+    body = ASK | {"seed": seed, "max_tokens": 12, **changes}
+    return httpx.post(f"{box.url}/v1/chat/completions", json=body, timeout=120)
+
+
+def text(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
+    one = box.run("deploy", "--topology", box.topology, "--detach")
+    assert one.returncode == 0, one.stderr
+    want = [text(ask(box, seed)) for seed in range(6)]
+    assert box.run("down", "laptop").returncode == 0
+
+    options = ("--set", LAYOUT, "--set", DEVICES, "--set", "serve.concurrency=6")
+    four = box.run("deploy", "--topology", box.topology, *options, "--detach")
+    assert four.returncode == 0, four.stderr
+    try:
+        assert [text(ask(box, seed)) for seed in range(6)] == want
+        ranks = sorted(_workers(box))
+        assert len(ranks) == 4
+        os.kill(ranks[3], signal.SIGKILL)
+        lost = wait_for(lambda: (a := ready(box)).status_code == 503 and a.json())
+        assert "(stage " in lost["reason"]
+        assert f"ended (pid {ranks[3]})" in lost["reason"]
+        wait_for(lambda: ready(box).status_code == 200, seconds=60)
+        assert [text(ask(box, seed)) for seed in range(6)] == want
+        stopped = sorted(_workers(box))[1]
+        os.kill(stopped, signal.SIGSTOP)
+        began = time.monotonic()
+        named = wait_for(lambda: (r := ready(box).json()["reason"]) and r, seconds=20)
+        assert f"(pid {stopped})" in named
+        assert "has not answered" in named
+        assert time.monotonic() - began < 10
+        os.kill(stopped, signal.SIGCONT)
+        assert [text(ask(box, seed)) for seed in range(2)] == want[:2]
+    finally:
+        assert box.run("down", "laptop").returncode == 0
+    assert box.processes() == []
+    assert _of(box) == []
+
+
+def ready(box):
+    return httpx.get(f"{box.url}/ready", timeout=10)
+
+
+def test_hosts_that_are_not_this_one_are_refused_before_anything_starts(box):
+    two = "cluster.supernodes=[{name: a, hosts: [x, y]}]"
+    done = box.run("deploy", "--topology", box.topology, "--set", two, "--port", free_port())
+    assert done.returncode == 2
+    assert "not yet; deploy does one host" in done.stderr
