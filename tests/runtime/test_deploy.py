@@ -43,8 +43,8 @@ class Box:
     def url(self):
         return f"http://127.0.0.1:{self.port}"
 
-    def status(self):
-        return json.loads(self.run("status", "--json").stdout)["data"]
+    def status(self, *name):
+        return json.loads(self.run("status", *name, "--json").stdout)["data"]
 
     def processes(self):
         """Pids of everything that mentions our state folder."""

@@ -41,15 +41,24 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
     assert four.returncode == 0, four.stderr
     try:
         assert [text(ask(box, seed)) for seed in range(6)] == want
-        ranks = sorted(_workers(box))
-        assert len(ranks) == 4
+        (row,) = box.status("laptop")
+        assert [
+            r["what"].partition(", here")[0].partition(", localhost")[0] for r in row["ranks"]
+        ] == [
+            "rank 0 (stage 0, layers 0 to 2, experts 0 to 3",
+            "rank 1 (stage 0, layers 0 to 2, experts 4 to 7",
+            "rank 2 (stage 1, layers 3 to 5, experts 0 to 3",
+            "rank 3 (stage 1, layers 3 to 5, experts 4 to 7",
+        ]
+        ranks = [r["pid"] for r in row["ranks"]]
+        assert ranks == sorted(_workers(box))
         os.kill(ranks[3], signal.SIGKILL)
         lost = wait_for(lambda: (a := ready(box)).status_code == 503 and a.json())
-        assert "(stage " in lost["reason"]
+        assert lost["reason"].startswith("rank 3 (stage 1, ")
         assert f"ended (pid {ranks[3]})" in lost["reason"]
         wait_for(lambda: ready(box).status_code == 200, seconds=60)
         assert [text(ask(box, seed)) for seed in range(6)] == want
-        stopped = sorted(_workers(box))[1]
+        stopped = box.status("laptop")[0]["ranks"][1]["pid"]
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         named = wait_for(lambda: (r := ready(box).json()["reason"]) and r, seconds=20)

@@ -103,7 +103,7 @@ def status_command(
     name: Annotated[str | None, typer.Argument(help="one deployment")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
-    """Say what runs on this machine and whether it is ready."""
+    """Say what runs on this machine and whether it is ready; with a name, of each rank too."""
     import httpx
 
     from v4_ascend.deploy.state import running
@@ -116,7 +116,10 @@ def status_command(
             ready = httpx.get(f"{s.url}/ready", timeout=5).json()
         except httpx.TransportError as e:
             ready = {"state": f"no answer: {e}"}
-        rows.append({"name": s.name, "pid": s.pid, "url": s.url, "model": s.model, **ready})
+        row = {"name": s.name, "pid": s.pid, "url": s.url, "model": s.model, **ready}
+        if name is not None and "is_ready" in ready:
+            row["ranks"] = httpx.get(f"{s.url}/ranks", timeout=5).json()
+        rows.append(row)
     if as_json:
         out = {"version": 1, "status": "ok", "data": rows, "diagnostics": []}
         typer.echo(json.dumps(out, indent=2))
@@ -125,7 +128,12 @@ def status_command(
     for row in rows if not as_json else ():
         canary = f", canary {row['canary']}" if row.get("canary") else ""
         line = f"{row['name']}: {row['state']}, {row['url']}/v1, model {row['model']}"
-        typer.echo(f"{line}, pid {row['pid']}{canary}")
+        reason = f", {row['reason']}" if row.get("reason") else ""
+        typer.echo(f"{line}, pid {row['pid']}{canary}{reason}")
+        for rank in row.get("ranks", ()):
+            state = f"step {rank['step']}" if rank["is_ready"] else "not ready"
+            loaded = f"{rank['loaded_bytes'] / 1e6:,.1f} MB read"
+            typer.echo(f"  {rank['what']}: {loaded}, {state}, pid {rank['pid']}")
 
 
 def logs_command(name: Annotated[str, typer.Argument(help="a deployment")]) -> None:

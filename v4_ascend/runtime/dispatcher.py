@@ -243,6 +243,25 @@ class Dispatcher:
                 self._queues[token.request].put_nowait(token)
         self._work.set()
 
+    def rank_rows(self) -> list[dict[str, object]]:
+        """Say of each rank here what it holds, how far it is, and what it waits for."""
+        rows: list[dict[str, object]] = []
+        for rank, r in sorted(self.ranks.items()):
+            beat = r.beat or Beat(0, 0, None)
+            rows.append(
+                {
+                    "rank": rank,
+                    "what": self.name(rank),
+                    "pid": r.pid,
+                    "is_ready": r.is_ready,
+                    "loaded_bytes": r.loaded,
+                    "step": beat.step,
+                    "n_exchanges": beat.n_exchanges,
+                    "waiting": beat.waiting,
+                }
+            )
+        return rows
+
     def name(self, rank: int) -> str:
         """Say which rank it is, and what it holds."""
         r, p = self.plan.ranks[rank], self.plan.parallel

@@ -294,6 +294,10 @@ def make_app(front: Front) -> FastAPI:
         h = front.dispatcher.health
         return JSONResponse(h.__dict__, status_code=200 if h.is_ready else 503)
 
+    @app.get("/ranks")
+    async def ranks() -> list[dict[str, object]]:
+        return front.dispatcher.rank_rows()
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _authenticate(request, front.plan.api_keys)
