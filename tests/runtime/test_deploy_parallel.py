@@ -1,5 +1,6 @@
 """Four ranks behind one front: the answers of one process, faults named, nothing left behind."""
 
+import json
 import os
 import signal
 import time
@@ -8,6 +9,11 @@ import httpx
 import pytest
 from test_deploy import ASK, Box, _of, _workers, free_port, wait_for
 
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
+from v4_ascend.supernode.experts import ExpertLoad
+
+TINY = ModelConfig.read(preset_path("tiny"))
 LAYOUT = "layout={pp_size: 2, dp_size: 2, ep_size: 2}"
 DEVICES = "cluster.supernodes=[{name: here, hosts: [localhost], devices_per_host: 4}]"
 
@@ -52,6 +58,7 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
         ]
         ranks = [r["pid"] for r in row["ranks"]]
         assert ranks == sorted(_workers(box))
+        assert_expert_load(box)
         os.kill(ranks[3], signal.SIGKILL)
         lost = wait_for(lambda: (a := ready(box)).status_code == 503 and a.json())
         assert lost["reason"].startswith("rank 3 (stage 1, ")
@@ -71,6 +78,19 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
         assert box.run("down", "laptop").returncode == 0
     assert box.processes() == []
     assert _of(box) == []
+
+
+def assert_expert_load(box):
+    """Counters of all ranks together are what `plan --expert-load` reads."""
+
+    def counted():
+        text(ask(box, 1))
+        load = httpx.get(f"{box.url}/experts").text
+        return load if all(map(any, json.loads(load)["counts"])) else None
+
+    file = box.folder / "load.json"
+    file.write_text(wait_for(counted))
+    ExpertLoad.read(file, TINY)
 
 
 def ready(box):

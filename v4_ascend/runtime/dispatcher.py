@@ -11,9 +11,17 @@ from pathlib import Path
 
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.link import FrontLink, is_alive
-from v4_ascend.runtime.messages import Beat, Hello, Loading, Ready, Sampling, StepResult
+from v4_ascend.runtime.messages import (
+    Beat,
+    ExpertCounts,
+    Hello,
+    Loading,
+    Ready,
+    Sampling,
+    StepResult,
+)
 from v4_ascend.runtime.scheduler import Request, Scheduler, Token
-from v4_ascend.supernode.plan import Plan
+from v4_ascend.supernode.plan import Plan, experts_of
 
 WATCH_SECONDS = 0.1
 BLAME_SECONDS = 0.5  # a rank that ended is the cause of others' failures, not they of its
@@ -44,6 +52,7 @@ class RankState:
     heard: float = 0.0
     moved: float = 0.0
     beat: Beat | None = None
+    counts: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -193,6 +202,8 @@ class Dispatcher:
                 if known.beat is None or message.n_exchanges != known.beat.n_exchanges:
                     known.moved = known.heard
                 known.beat = message
+            elif isinstance(message, ExpertCounts):
+                known.counts = message.counts
             elif isinstance(message, Loading):
                 known.loaded, known.total = message.done, message.total
                 self.health.loaded_bytes = sum(r.loaded for r in self.ranks.values())
@@ -261,6 +272,20 @@ class Dispatcher:
                 }
             )
         return rows
+
+    def expert_load(self) -> list[list[int]]:
+        """Return the rows each expert of each layer got, as ``[layer][expert]``, over all ranks."""
+        plan = self.plan
+        last = max(r.layers[1] for r in plan.ranks)
+        held = [experts_of(plan, r) for r in plan.ranks]
+        n_experts = 1 + max(e for rank in held for layer in rank for e in layer)
+        total = [[0] * n_experts for _ in range(last)]
+        for rank, state in self.ranks.items():
+            first = plan.ranks[rank].layers[0]
+            for i, counts in enumerate(state.counts):
+                for expert, n in zip(held[rank][i], counts, strict=True):
+                    total[first + i][expert] += n
+        return total
 
     def name(self, rank: int) -> str:
         """Say which rank it is, and what it holds."""

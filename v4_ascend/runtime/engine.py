@@ -123,6 +123,10 @@ class Engine:
         """Whether this rank draws tokens: it is on the last stage, the first of its TP group."""
         return self.model.head is not None and self.groups.tp.rank == 0
 
+    def expert_counts(self) -> list[list[int]]:
+        """Return the rows each slot of each layer here got, canary's included."""
+        return [block.ffn.load.tolist() for block in self.model.layers]
+
     @torch.inference_mode()
     def step(self, step: Step) -> StepResult:
         """Run the next tokens of this rank's sequences; draw where one asks for it.

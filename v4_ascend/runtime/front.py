@@ -298,6 +298,10 @@ def make_app(front: Front) -> FastAPI:
     async def ranks() -> list[dict[str, object]]:
         return front.dispatcher.rank_rows()
 
+    @app.get("/experts")
+    async def experts() -> dict[str, object]:
+        return {"version": 1, "counts": front.dispatcher.expert_load()}
+
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         _authenticate(request, front.plan.api_keys)

@@ -61,6 +61,12 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     sequences: list[SequenceStep]
 
 
+class ExpertCounts(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front, at times: rows each slot of each of its layers got since it was loaded."""
+
+    counts: list[list[int]]
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """Rank to front: bytes read and in all."""
 
@@ -88,4 +94,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromRank = Hello | Beat | Loading | Ready | StepResult | Failed
+FromRank = Hello | Beat | ExpertCounts | Loading | Ready | StepResult | Failed

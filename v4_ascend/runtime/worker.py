@@ -20,10 +20,11 @@ from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.link import Address, RankLink
-from v4_ascend.runtime.messages import Beat, Failed, Loading, Ready
+from v4_ascend.runtime.messages import Beat, ExpertCounts, Failed, Loading, Ready
 from v4_ascend.supernode.plan import Plan
 
 BEAT_SECONDS = 1.0
+COUNT_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -68,10 +69,14 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
         engine = Engine.load(plan, progress, groups if plan.parallel.world_size > 1 else None)
         report = engine.canary()
         link.send(Ready(report.kind, report.median_relative_error))
+        counted = time.monotonic()
         while (step := link.receive()) is not None:
             result = engine.step(step)
             if engine.answers:
                 link.send(result)
+            if time.monotonic() - counted > COUNT_SECONDS:  # it waits for the device
+                link.send(ExpertCounts(engine.expert_counts()))
+                counted = time.monotonic()
 
 
 def _beat(address: Address, rank: int, flight: Flight) -> None:
