@@ -102,3 +102,20 @@ def test_hosts_that_are_not_this_one_are_refused_before_anything_starts(box):
     done = box.run("deploy", "--topology", box.topology, "--set", two, "--port", free_port())
     assert done.returncode == 2
     assert "not yet; deploy does one host" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_shipped_supernode_is_emulated_and_answers(tmp_path):
+    box = Box(tmp_path)
+    options = ("--emulate", "16", "--set", f"serve.port={box.port}", "--detach")
+    done = box.run("deploy", "--topology", "supernode", *options, timeout=400)
+    assert done.returncode == 0, done.stderr
+    try:
+        lines = [line for line in done.stderr.splitlines() if " stands for rank " in line]
+        assert len(lines) == 16
+        assert "rank 1 stands for rank 4 on sp0-host0: stage 0, layers 0 to 60" in lines[1]
+        assert "of 96 GB before any context (modelled)" in lines[1]
+        assert text(ask(box, 1, model="v4-pro-emulated"))
+    finally:
+        assert box.run("down", "supernode").returncode == 0
+    assert box.processes() == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from v4_ascend.errors import ConfigError, DeadlineError, DeployError
+
+if TYPE_CHECKING:
+    from v4_ascend.config.topology import Topology
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +30,9 @@ def deploy_command(
         bool, typer.Option("--dry-run", help="print the plan, start nothing")
     ] = False,
     timeout: Annotated[float, typer.Option(help="seconds until it must be ready")] = 600.0,
+    emulate: Annotated[
+        int | None, typer.Option(help="run its layout here, on as many processes, tiny model")
+    ] = None,
 ) -> None:
     """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
     from v4_ascend.checkpoint.reader import Checkpoint
@@ -37,6 +43,8 @@ def deploy_command(
 
     overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
     wanted = load_topology(topology, overrides)
+    if emulate is not None:
+        wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
     checkpoint = Checkpoint(resolve_checkpoint(wanted.model.checkpoint))
     checkpoint.require_complete()
@@ -53,7 +61,7 @@ def deploy_command(
         typer.echo(f"{plan.name} runs already: {found.url}/v1")
         return
     if detach:
-        _detach(topology, overrides, plan.name, timeout)
+        _detach(topology, overrides, plan.name, timeout, emulate)
         return
     from v4_ascend.backends import find_backend
     from v4_ascend.deploy.local import LocalDeployment
@@ -63,7 +71,36 @@ def deploy_command(
     LocalDeployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
 
 
-def _detach(topology: str, overrides: list[str], name: str, timeout: float) -> None:
+def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
+    """Plan the real topology, and return its layout for processes of this machine."""
+    from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
+    from v4_ascend.deploy.state import state_root
+    from v4_ascend.errors import PlanError
+    from v4_ascend.supernode.planning import bundled_model, find_model, plan_pools
+    from v4_ascend.supernode.stand_in import ledger, local_topology
+
+    if n_ranks < 1:
+        raise ConfigError("--emulate", f"{n_ranks} processes; at least 1")
+    if real.cluster.pools:
+        raise ConfigError("--emulate", "a topology of pools: not yet; plan says what each would do")
+    (pool,) = plan_pools(real, find_model(real))
+    if pool.chosen is None:
+        raise PlanError(f"no legal layout on {pool.system.n_devices} devices; see v4-ascend plan")
+    # Unquantised, so that TP may split it finer than a block of scales.
+    config = in_format(bundled_model("tiny", "--emulate"), "fp32")
+    folder = state_root() / "emulated-tiny-fp32"
+    if not folder.exists():
+        write_synthetic(config, folder, seed=0)
+    local = local_topology(real, pool, n_ranks, str(folder), config)
+    if local.layout != "auto" and is_told:  # detached, the process that stays tells it
+        for line in ledger(pool, n_ranks, local.layout):
+            typer.echo(f"{real.name}: {line}", err=True)
+    return local
+
+
+def _detach(
+    topology: str, overrides: list[str], name: str, timeout: float, emulate: int | None
+) -> None:
     """Start ourselves in a session of our own and follow until ready or ended."""
     import subprocess
     import sys
@@ -76,6 +113,7 @@ def _detach(topology: str, overrides: list[str], name: str, timeout: float) -> N
     log = folder / "supervisor.log"
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", topology]
     command += [a for o in overrides for a in ("--set", o)] + ["--timeout", str(timeout)]
+    command += ["--emulate", str(emulate)] if emulate is not None else []
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
