@@ -64,6 +64,13 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
         assert lost["reason"].startswith("rank 3 (stage 1, ")
         assert f"ended (pid {ranks[3]})" in lost["reason"]
         wait_for(lambda: ready(box).status_code == 200, seconds=60)
+        flight = [
+            line for line in box.run("logs", "laptop").stdout.splitlines() if "flight: " in line
+        ]
+        assert lost["reason"] in flight[0]
+        assert [line.split(":")[1].split()[:2] for line in flight[1:]] == [
+            ["rank", str(rank)] for rank in range(4)
+        ]
         assert [text(ask(box, seed)) for seed in range(6)] == want
         stopped = box.status("laptop")[0]["ranks"][1]["pid"]
         os.kill(stopped, signal.SIGSTOP)

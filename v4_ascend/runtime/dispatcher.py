@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from v4_ascend.errors import RequestError
@@ -296,6 +297,21 @@ class Dispatcher:
             f"{r.host} device {r.device})"
         )
 
+    def _write_flight(self, reason: str) -> None:
+        """Add to flight.log what every rank was doing, for who asks why afterwards."""
+        now = time.monotonic()
+        lines = [f"{datetime.now().astimezone().isoformat(timespec='seconds')} {reason}"]
+        for rank, r in sorted(self.ranks.items()):
+            beat = r.beat or Beat(0, 0, None)
+            heard = f"heard {now - r.heard:.1f} s ago" if r.heard else "never heard"
+            waiting = beat.waiting or "in no exchange"
+            lines.append(
+                f"  {self.name(rank)}: step {beat.step}, {beat.n_exchanges} exchanges, {waiting}, "
+                f"{heard}, pid {r.pid}"
+            )
+        with (self.state / "flight.log").open("a", encoding="utf-8") as f:
+            f.write("\n".join(lines) + "\n")
+
     def _lose(self, reason: str, *, may_restart: bool = True) -> None:
         """Answer every request with the reason; the front itself stays up for the next ranks."""
         h = self.health
@@ -304,6 +320,7 @@ class Dispatcher:
         h.is_ready, h.reason = False, reason
         h.state = "restarting" if self._was_ready and may_restart else "failed"
         self._was_ready = False
+        self._write_flight(reason)
         self.ranks, self._parts, self._sent, self._failures = {}, {}, {}, []
         for request_id in self.scheduler.abandon():
             if request_id in self._queues:
