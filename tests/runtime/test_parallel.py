@@ -46,6 +46,7 @@ LAYOUTS = {
     "ep4-copies": {"dp_size": 4, "ep_size": 4, "n_redundant_experts": 4},
     "pp2-dp2-tp2-ep4": {"pp_size": 2, "dp_size": 2, "tp_size": 2, "ep_size": 4},
     "pp2-cp2-tp2-ep2": {"pp_size": 2, "cp_size": 2, "tp_size": 2, "ep_size": 2},
+    "pp6": {"pp_size": 6},  # a hash-routed layer on a later stage
     "dp8-ep8": {"dp_size": 8, "ep_size": 8},
 }
 WIDE = [name for name, layout in LAYOUTS.items() if ParallelConfig(**layout).world_size > 4]

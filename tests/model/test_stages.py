@@ -1,0 +1,73 @@
+"""Stages run one after the other in one process: the four faults that vllm-ascend PR 9473 fixed.
+
+Its list: boundaries without the streams' dimension, streams expanded on every stage, hc_head
+applied at every boundary, tensors of layers that are on another stage. And torchtitan PR 4782's:
+hash-routed layers need the token ids wherever they are.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import CONFIG, caches, hashed_tensor
+
+from v4_ascend.config.inventory import inventory
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.shard import Shard
+from v4_ascend.model.transformer import Transformer
+from v4_ascend.runtime.kv_cache import Chunk
+
+SPECS = {s.name: s for s in inventory(CONFIG)}
+CUTS = [1, CONFIG.n_layers // 2, CONFIG.n_layers - 1]
+
+
+def part(first, end):
+    asked = []
+
+    def source(name):
+        asked.append(name)
+        return hashed_tensor(SPECS[name], CONFIG)
+
+    shard = dataclasses.replace(Shard.whole(CONFIG), layers=(first, end))
+    numerics = Numerics(torch.float32, quant_sim=False)
+    return Transformer.read(source, CONFIG, numerics, with_mtp=False, shard=shard), asked
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_stages_are_the_whole(golden_model, cut):
+    ids = torch.randint(0, CONFIG.vocab_size, (70,), generator=torch.Generator().manual_seed(2))
+    chunks = [Chunk(0, ids.tolist(), 0)]
+    whole, split = caches(CONFIG), caches(CONFIG)
+    want = golden_model.logits(golden_model(whole.batch(chunks), whole.layers))
+    (front, _), (back, _) = part(0, cut), part(cut, CONFIG.n_layers)
+    batch = split.batch(chunks)
+    streams = front(batch, split.layers[:cut])
+    assert streams.shape == (70, CONFIG.hc_mult, CONFIG.dim)
+    last = back(batch, split.layers[cut:], streams=streams)
+    assert torch.equal(back.logits(last), want)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_stage_reads_its_layers_and_its_end_alone(cut):
+    (front, before), (back, behind) = part(0, cut), part(cut, CONFIG.n_layers)
+    assert not set(before) & set(behind)
+    assert set(before) | set(behind) == {n for n in SPECS if not n.startswith("mtp.")}
+    assert {n.split(".")[1] for n in behind if n.startswith("layers.")} == {
+        str(n) for n in range(cut, CONFIG.n_layers)
+    }
+    with pytest.raises(ValueError, match="only the last stage has the head"):
+        front.logits(front.no_streams())
+    with pytest.raises(ValueError, match="only the first stage embeds"):
+        back.embedded(torch.tensor([1]))
+
+
+def test_a_hash_routed_layer_behind_a_boundary_sees_the_token_ids():
+    """The cut lies before a hash-routed layer: other ids, other experts, other streams."""
+    assert CONFIG.n_hash_layers > 1
+    back, _ = part(1, CONFIG.n_layers)
+    streams = torch.randn(5, CONFIG.hc_mult, CONFIG.dim, generator=torch.Generator().manual_seed(1))
+    outs = []
+    for ids in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5]):
+        cache = caches(CONFIG)
+        outs.append(back(cache.batch([Chunk(0, ids, 0)]), cache.layers[1:], streams=streams))
+    assert not torch.equal(outs[0], outs[1])
