@@ -14,8 +14,14 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.supernode.plan import Plan, Rank, experts_of
 
 # The dimension TP splits, weights and their scales alike.
-SPLIT_DIM = {"embed": 0, "head": 0, "attn.wq_b": 0, "attn.attn_sink": 0, "attn.wo_a": 0}
-SPLIT_DIM["attn.wo_b"] = 1
+SPLIT_DIM = {
+    "embed": 0,
+    "head": 0,
+    "attn.wq_b": 0,
+    "attn.attn_sink": 0,
+    "attn.wo_a": 0,
+    "attn.wo_b": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)

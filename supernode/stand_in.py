@@ -7,6 +7,7 @@ from math import gcd
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import Cluster, Model, ParallelConfig, Supernode, Topology
 from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.experts import by_number
 from v4_ascend.supernode.planning import PoolPlan
 
 
@@ -75,17 +76,17 @@ def ledger(pool: PoolPlan, n_ranks: int, layout: ParallelConfig) -> list[str]:
         raise ValueError("no legal layout")
     c, lines = pool.chosen, []
     config, p = pool.search.config, c.parallel
-    share = -(-config.n_routed_experts // p.ep_size)
+    own = by_number(config.n_routed_experts, p.ep_size)
     for rank in range(n_ranks):
         stage, within = divmod(rank, layout.stage_size)
         real_stage = stage * p.pp_size // layout.pp_size
         real = real_stage * p.stage_size + within * (p.stage_size // layout.stage_size)
-        first = real % p.stage_size % p.ep_size * share
+        experts = own[real % p.stage_size % p.ep_size]
         memory, layers = c.memory[real_stage], c.layers[real_stage]
         lines.append(
             f"rank {rank} stands for rank {real} on {pool.system.host_of(real)}: "
-            f"stage {real_stage}, layers {layers[0]} to {layers[1] - 1}, experts {first} to "
-            f"{min(first + share, config.n_routed_experts) - 1}; on {pool.system.profile.name}: "
+            f"stage {real_stage}, layers {layers[0]} to {layers[1] - 1}, experts {experts[0]} to "
+            f"{experts[-1]}; on {pool.system.profile.name}: "
             f"{memory.fixed / 1e9:.1f} of {pool.system.profile.memory_bytes.value / 1e9:.0f} GB "
             "before any context (modelled)"
         )

@@ -45,7 +45,7 @@ class Slots:
     """Where the experts of a layer are; a copy is chosen by the token's number.
 
     Shapes:
-        first   [n_experts, most_copies]  int64: slot numbers over the EP group, padded
+        slot    [n_experts, most_copies]  int64: slot numbers over the EP group, padded
         copies  [n_experts]  int64
     """
 

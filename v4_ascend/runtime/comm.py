@@ -93,7 +93,6 @@ class Groups:
     """The groups one rank is in, and its place among the stages."""
 
     rank: int
-    pp_rank: int
     dp_rank: int
     tp: Group
     cp: Group
@@ -105,7 +104,7 @@ class Groups:
     @classmethod
     def solo(cls) -> Groups:
         """Return the groups of a world of one."""
-        return cls(0, 0, 0, Solo(), Solo(), Solo(), Flight())
+        return cls(0, 0, Solo(), Solo(), Solo(), Flight())
 
     @classmethod
     def join(cls, plan: Plan, rank: int, device: torch.device) -> Groups:
@@ -115,7 +114,7 @@ class Groups:
             DeployError: the ranks have different plans.
         """
         p = plan.parallel
-        flight = Flight(rank)
+        flight = Flight()
         timeout = timedelta(seconds=float(os.environ.get("V4_ASCEND_COMM_TIMEOUT", "60")))
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
@@ -138,7 +137,6 @@ class Groups:
                 mine[name] = CommGroup(name, ranks, rank, handle, flight)
         return cls(
             rank,
-            stage,
             dp_rank,
             mine["tp"],
             mine["cp"],

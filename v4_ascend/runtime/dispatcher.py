@@ -165,6 +165,8 @@ class Dispatcher:
                     f"(pid {r.pid})"
                 )
             else:
+                if self.health.is_ready:
+                    self.health.reason = None  # whoever was silent is back
                 self._name_the_stuck(now)
 
     def _name_the_stuck(self, now: float) -> None:
@@ -247,8 +249,6 @@ class Dispatcher:
         if len(parts) < self._n_answers:
             return
         del self._parts[result.number], self._sent[result.number]
-        if self.health.is_ready:
-            self.health.reason = None
         whole = StepResult(result.number, [s for p in parts for s in p.sampled])
         for token in self.scheduler.apply(whole):
             if token.request in self._queues:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import time
 from types import FrameType
 
@@ -31,3 +34,11 @@ class DrainingServer(uvicorn.Server):
         if self._deadline < float("inf"):
             self.should_exit |= self._dispatcher.is_idle or time.monotonic() > self._deadline
         return await super().on_tick(counter)
+
+
+async def follow_parent() -> None:
+    """End when the supervisor is gone: nothing may be left running."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        await asyncio.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

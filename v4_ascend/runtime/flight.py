@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-
-KEPT = 64  # exchanges in the dump
 
 
 @dataclass
 class Flight:
-    """Counts and remembers a rank's exchanges; reading it from another thread is safe.
+    """Counts a rank's exchanges; reading it from another thread is safe.
 
     `waiting` names the exchange a rank is in. Ranks that wait for another are all in one: the
     rank that is in none, or behind the others, is the one they wait for.
     """
 
-    rank: int = 0
     step: int = 0
     n_exchanges: int = 0
     waiting: str | None = None
     bytes_sent: int = 0
-    waited_s: float = 0.0
-    recent: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT))
 
     @contextmanager
     def exchange(self, group: str, what: str, x: torch.Tensor) -> Iterator[None]:
         """Note that this rank is in an exchange; one that fails stays noted."""
         self.count(group, x)
-        name = f"step {self.step}: {group} {what} {str(x.dtype)[6:]}{list(x.shape)}"
-        self.recent.append(name)
-        self.waiting, began = name, time.perf_counter()
+        self.waiting = f"step {self.step}: {group} {what} {str(x.dtype)[6:]}{list(x.shape)}"
         yield
-        self.waited_s += time.perf_counter() - began
         self.waiting = None
 
     def count(self, group: str, x: torch.Tensor) -> None:

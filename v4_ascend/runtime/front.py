@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import os
 import secrets
-import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -25,7 +23,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
-from v4_ascend.runtime.draining import DrainingServer
+from v4_ascend.runtime.draining import DrainingServer, follow_parent
 from v4_ascend.runtime.load import resolve_checkpoint
 from v4_ascend.runtime.messages import Sampling
 from v4_ascend.runtime.openai_schema import ChatBody, CompletionBody, parse_body
@@ -266,7 +264,7 @@ def make_app(front: Front) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(front.dispatcher.run()), asyncio.create_task(_follow_parent())]
+        tasks = [asyncio.create_task(front.dispatcher.run()), asyncio.create_task(follow_parent())]
         yield
         for task in tasks:
             task.cancel()
@@ -370,14 +368,6 @@ def _authenticate(request: Request, keys: tuple[str, ...]) -> None:
     is_known = [hmac.compare_digest(given, k.encode()) for k in keys]
     if keys and True not in is_known:
         raise RequestError("a valid API key is needed: Authorization: Bearer ...", status=401)
-
-
-async def _follow_parent() -> None:
-    """End when the supervisor is gone: nothing may be left running."""
-    parent = os.getppid()
-    while os.getppid() == parent:
-        await asyncio.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
