@@ -62,6 +62,7 @@ def local_topology(
                 update={"max_model_len": length, "concurrency": 2 * layout.dp_size}
             ),
             "layout": layout,
+            "launcher": "local",
         }
     )
 

@@ -14,12 +14,13 @@ import torch
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.plan import Plan
 
 
 def run(plan, rank, steps):
-    with joined(plan, rank, torch.device("cpu")) as groups:
+    with joined(plan, rank, torch.device("cpu"), Flight()) as groups:
         read = [0]
 
         def progress(done, total):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import httpx
@@ -104,11 +106,40 @@ def ready(box):
     return httpx.get(f"{box.url}/ready", timeout=10)
 
 
-def test_hosts_that_are_not_this_one_are_refused_before_anything_starts(box):
-    two = "cluster.supernodes=[{name: a, hosts: [x, y]}]"
-    done = box.run("deploy", "--topology", box.topology, "--set", two, "--port", free_port())
-    assert done.returncode == 2
-    assert "not yet; deploy does one host" in done.stderr
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ((), 2, "launcher: 2 hosts need ssh; local is for one"),
+        (("launcher=ssh",), 2, "model.checkpoint: tiny is relative; several hosts need a path"),
+        (("launcher=kubernetes",), 2, "not yet; deploy does 'local' and 'ssh'"),
+        (("launcher=ssh", "model.checkpoint=/"), 6, "198.51.100.1) is no address of this machine"),
+    ],
+)
+def test_hosts_that_cannot_be_are_refused_before_anything_starts(box, changes, code, says):
+    two = "cluster.supernodes=[{name: a, hosts: [198.51.100.1, 198.51.100.2]}]"
+    checkpoint = f"model.checkpoint={box.folder / 'tiny' if code == 6 else 'tiny'}"
+    options = [o for c in (two, *changes, checkpoint) for o in ("--set", c)]
+    done = box.run("deploy", "--topology", box.topology, *options, "--port", free_port())
+    assert (done.returncode, says in done.stderr) == (code, True), done.stderr
+    assert box.processes() == []
+
+
+def test_two_deploys_of_one_name_at_once(box):
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
+    both = [
+        subprocess.Popen(command, env=box.env, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        loser = wait_for(lambda: next((p for p in both if p.poll() is not None), None), seconds=60)
+        assert loser.returncode in (4, 6)
+        assert "another process is deploying it" in (error := loser.stderr.read()), error
+        wait_for(lambda: ready(box).status_code == 200, seconds=60)
+    finally:
+        box.run("down", "laptop")
+        for p in both:
+            p.wait(30)
+            p.stderr.close()
+    assert box.processes() == []
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Who is to blame: for a step that does not end, and for values that are not numbers."""
 
-import asyncio
-import time
+import os
 
 import pytest
 from test_parallel import checkpoint as checkpoint
@@ -9,48 +8,76 @@ from test_parallel import make_plan
 
 from v4_ascend.errors import ParityError
 from v4_ascend.ops import use_policy
-from v4_ascend.runtime.dispatcher import Dispatcher, RankState
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.messages import Beat, Sampling, SequenceStep, Step
-from v4_ascend.runtime.scheduler import Scheduler
+from v4_ascend.runtime.watch import RankState, Watch
 
 LAYOUT = {"pp_size": 2, "dp_size": 2, "ep_size": 2}
 DRAW = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 
-def blamed(checkpoint, folder, beats, seconds):
-    async def look():
-        scheduler = Scheduler(max_batch_size=4, max_chunk=8, max_waiting=9, eos_id=1)
-        d = Dispatcher(scheduler, folder, make_plan(checkpoint, LAYOUT))
-        now = time.monotonic()
-        for rank, beat in enumerate(beats):
-            d.ranks[rank] = RankState(pid=1, heard=now, moved=now - seconds, beat=beat)
-        d._sent = {7: now - seconds}
-        d._name_the_stuck(now)
-        d.link.close()
-        return d.health.reason
-
-    return asyncio.run(look())
+def judged(checkpoint, beats, seconds, layout=LAYOUT, hosts=("here",) * 4, failed=()):
+    """The verdict after `seconds` in which nothing has moved."""
+    plan = make_plan(checkpoint, layout)
+    ranks = [r.model_copy(update={"host": h}) for r, h in zip(plan.ranks, hosts, strict=True)]
+    watch = Watch(plan.model_copy(update={"ranks": tuple(ranks)}))
+    now = 1000.0
+    for rank, beat in enumerate(beats):
+        watch.ranks[rank] = RankState(os.getpid(), heard=now, moved=now - seconds, beat=beat)
+    for rank, reason, age in failed:
+        watch.failed(rank, reason, now - age)
+    return watch, lambda later=0.0: watch.look(now + later, 7, now - seconds)
 
 
-def test_the_rank_that_waits_for_nobody_keeps_the_others(checkpoint, tmp_path):
+def test_the_rank_that_waits_for_nobody_keeps_the_others(checkpoint):
     in_dispatch = Beat(7, 40, "step 7: ep all_gather float32[2, 128]")
     before = Beat(7, 12, "step 7: pp receive from rank 0")
     beats = [in_dispatch, Beat(7, 40, None), before, before]
-    reason = blamed(checkpoint, tmp_path, beats, seconds=9)
-    assert reason.startswith(
-        "rank 1 (stage 0, layers 0 to 2, experts 4 to 7, here device 0) has kept "
-    )
-    assert "step 7 for 9 s; others are in step 7: " in reason
+    watch, look = judged(checkpoint, beats, seconds=9)
+    verdict = look()
+    assert (verdict.rank, verdict.action) == (1, "name")
+    assert verdict.reason.startswith("has kept step 7 for 9 s; others are in step 7: ")
+    assert watch.name(1) == "rank 1 (stage 0, layers 0 to 2, experts 4 to 7, here device 0)"
 
 
-def test_of_ranks_that_all_wait_the_one_behind_is_named(checkpoint, tmp_path):
+def test_a_rank_that_keeps_the_others_for_long_is_ended(checkpoint, monkeypatch):
+    monkeypatch.setenv("V4_ASCEND_COMM_TIMEOUT", "20")
+    _, look = judged(checkpoint, [Beat(7, n, "x") for n in (9, 9, 9, 8)], seconds=11)
+    assert (look().rank, look().action) == (3, "end")
+
+
+def test_of_ranks_that_all_wait_the_one_behind_is_named(checkpoint):
     beats = [Beat(7, n, "step 7: ep all_gather") for n in (40, 40, 31, 40)]
-    assert blamed(checkpoint, tmp_path, beats, seconds=20).startswith("rank 2 (stage 1, ")
+    assert judged(checkpoint, beats, seconds=20)[1]().rank == 2
 
 
-def test_a_step_that_has_just_begun_blames_nobody(checkpoint, tmp_path):
-    assert blamed(checkpoint, tmp_path, [Beat(7, 1, None)] * 4, seconds=1) is None
+def test_a_step_that_has_just_begun_blames_nobody(checkpoint):
+    assert judged(checkpoint, [Beat(7, 1, None)] * 4, seconds=1)[1]() is None
+
+
+def test_a_silent_rank_is_named_and_then_ended(checkpoint, monkeypatch):
+    monkeypatch.setenv("V4_ASCEND_COMM_TIMEOUT", "40")
+    watch, look = judged(checkpoint, [Beat(7, 1, None)] * 4, seconds=1)
+    for rank in (0, 1, 3):
+        watch.ranks[rank].heard += 11
+    assert look(5.5).reason.startswith("has not answered for 6 s (pid ")
+    assert (look(5.5).rank, look(5.5).action, look(10.5).action) == (2, "name", "end")
+
+
+def test_of_another_host_the_rank_that_fell_silent_is_blamed_for_failures_of_others(checkpoint):
+    hosts, closed = ("a", "a", "b", "b"), [(1, "RuntimeError: connection closed", 0.0)]
+    watch, look = judged(checkpoint, [Beat(7, 1, None)] * 4, 1, hosts=hosts, failed=closed)
+    for rank in (0, 1, 2):
+        watch.ranks[rank].heard += 2.5  # rank 3 has not been heard since
+    assert look(2.0) is None  # not yet: rank 3 may be heard
+    assert look(3.1).rank == 3
+    assert look(3.1).reason == "no word for 3 s; rank 1 failed: RuntimeError: connection closed"
+
+
+def test_a_rank_that_says_why_it_failed_is_believed(checkpoint):
+    failed = [(2, "ParityError: not finite", 1.0), (0, "RuntimeError: closed", 0.9)]
+    verdict = judged(checkpoint, [Beat(7, 1, None)] * 4, 1, failed=failed)[1]()
+    assert (verdict.rank, verdict.reason) == (2, "failed: ParityError: not finite")
 
 
 def test_values_that_are_not_finite_name_the_stage(checkpoint):

@@ -64,11 +64,11 @@ def deploy_command(
         _detach(topology, overrides, plan.name, timeout, emulate)
         return
     from v4_ascend.backends import find_backend
-    from v4_ascend.deploy.local import LocalDeployment
+    from v4_ascend.deploy.deployment import Deployment
 
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
-    LocalDeployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
+    Deployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
 
 
 def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
@@ -174,16 +174,16 @@ def status_command(
             typer.echo(f"  {rank['what']}: {loaded}, {state}, pid {rank['pid']}")
 
 
-def logs_command(name: Annotated[str, typer.Argument(help="a deployment")]) -> None:
+def logs_command(
+    name: Annotated[str, typer.Argument(help="a deployment")],
+    rank: Annotated[int | None, typer.Option(help="of one rank alone")] = None,
+) -> None:
     """Print the logs of a deployment's processes."""
+    from v4_ascend.deploy.logs import lines_of
     from v4_ascend.deploy.state import state_root
 
-    files = sorted((state_root() / name).glob("*.log"))
-    if not files:
-        raise ConfigError(name, "no logs; v4-ascend status lists what runs")
-    for file in files:
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            typer.echo(f"{file.stem}: {line}")
+    for line in lines_of(state_root() / name, name, rank):
+        typer.echo(line)
 
 
 def down_command(

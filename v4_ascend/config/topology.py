@@ -260,19 +260,34 @@ def require_supported(topology: Topology) -> None:
 
     Raises:
         NotYetError: where the first such key is given.
+        ConfigError: several hosts, and what is meant for one.
     """
     t = topology
     n_hosts = sum(s.n_devices // s.devices_per_host for s in t.cluster.supernodes)
     is_emulated = device_profile(t.cluster.device, t.where("cluster.device")).emulated
     for key, is_asked, today in (
         ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
-        ("cluster.supernodes", n_hosts != 1, "one host"),
+        (
+            "cluster.supernodes",
+            n_hosts > 1 and any(s.hosts is None for s in t.cluster.supernodes),
+            "hosts with names",
+        ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
         ("serve.n_draft_tokens", t.serve.n_draft_tokens > 0, "no speculation"),
         ("engine", t.engine != "native", "'native'"),
-        ("launcher", t.launcher != "local", "'local'"),
+        ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),
         ("emulate", t.emulate, "real devices"),
     ):
         if is_asked:
             raise NotYetError(t.where(key), f"{key}: not yet; deploy does {today}")
+    if n_hosts > 1 and t.launcher == "local":
+        raise ConfigError(
+            t.where("launcher"), f"launcher: {n_hosts} hosts need ssh; local is for one"
+        )
+    is_path = not t.model.checkpoint.startswith("hf:")
+    if n_hosts > 1 and is_path and not Path(t.model.checkpoint).is_absolute():
+        raise ConfigError(
+            t.where("model.checkpoint"),
+            f"model.checkpoint: {t.model.checkpoint} is relative; several hosts need a path from /",
+        )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from v4_ascend.errors import DeployError
 from v4_ascend.ops import Group, Solo
 from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.watch import comm_timeout
 from v4_ascend.supernode.plan import Plan
 
 Work = dist.Work
@@ -107,18 +108,19 @@ class Groups:
         return cls(0, 0, Solo(), Solo(), Solo(), Flight())
 
     @classmethod
-    def join(cls, plan: Plan, rank: int, device: torch.device) -> Groups:
-        """Meet the other ranks and build the plan's groups.
+    def join(
+        cls, plan: Plan, rank: int, device: torch.device, flight: Flight, attempt: int
+    ) -> Groups:
+        """Meet the other ranks of this attempt and build the plan's groups.
 
         Raises:
             DeployError: the ranks have different plans.
         """
         p = plan.parallel
-        flight = Flight()
-        timeout = timedelta(seconds=float(os.environ.get("V4_ASCEND_COMM_TIMEOUT", "60")))
+        timeout = timedelta(seconds=comm_timeout())
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
-            store=_store(rank, p.world_size, timeout),
+            store=_store(rank, p.world_size, timeout, attempt),
             rank=rank,
             world_size=p.world_size,
             timeout=timeout,
@@ -180,8 +182,11 @@ def group_ranks(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield "ep", tuple(range(first, first + p.ep_size))
 
 
-def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
-    """Meet where torchrun says; its store outlives ranks, whose addresses are an attempt's own."""
+def _store(rank: int, world_size: int, timeout: timedelta, attempt: int) -> Any:
+    """Meet where torchrun says; its store outlives ranks, whose addresses are an attempt's own.
+
+    torchrun's own count of attempts differs between hosts once one of them has lost a rank.
+    """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
@@ -190,7 +195,6 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
         is_master=rank == 0 and not is_torchruns,
         timeout=timeout,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
 
 
@@ -205,13 +209,15 @@ def _agree(plan: Plan, rank: int) -> None:
 
 
 @contextmanager
-def joined(plan: Plan, rank: int, device: torch.device) -> Iterator[Groups]:
+def joined(
+    plan: Plan, rank: int, device: torch.device, flight: Flight, attempt: int = 0
+) -> Iterator[Groups]:
     """Join, and leave whatever happens."""
     if plan.parallel.world_size == 1:
         yield Groups.solo()
         return
     try:
-        yield Groups.join(plan, rank, device)
+        yield Groups.join(plan, rank, device, flight, attempt)
         dist.barrier()  # whoever leaves first takes its unread streams along
     finally:
         if dist.is_initialized():

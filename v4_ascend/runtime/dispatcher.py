@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from v4_ascend.errors import RequestError
-from v4_ascend.runtime.link import FrontLink, is_alive
+from v4_ascend.runtime.link import FrontLink
 from v4_ascend.runtime.messages import (
     Beat,
     ExpertCounts,
@@ -19,15 +21,14 @@ from v4_ascend.runtime.messages import (
     Loading,
     Ready,
     Sampling,
+    Start,
     StepResult,
 )
 from v4_ascend.runtime.scheduler import Request, Scheduler, Token
+from v4_ascend.runtime.watch import RankState, Watch
 from v4_ascend.supernode.plan import Plan, experts_of
 
 WATCH_SECONDS = 0.1
-BLAME_SECONDS = 0.5  # a rank that ended is the cause of others' failures, not they of its
-SILENT_SECONDS = 5.0  # without a heartbeat
-STUCK_SECONDS = 8.0  # with a step in flight and no exchange anywhere
 
 
 @dataclass
@@ -43,20 +44,6 @@ class Health:
 
 
 @dataclass
-class RankState:
-    """What the front knows of a rank."""
-
-    pid: int
-    loaded: int = 0
-    total: int = 0
-    is_ready: bool = False
-    heard: float = 0.0
-    moved: float = 0.0
-    beat: Beat | None = None
-    counts: list[list[int]] = field(default_factory=list)
-
-
-@dataclass
 class Dispatcher:
     """Owns the scheduler and the link; everything runs on one event loop."""
 
@@ -66,14 +53,15 @@ class Dispatcher:
     health: Health = field(default_factory=Health)
 
     def __post_init__(self) -> None:
-        self.link = FrontLink(self.state)
-        self.ranks: dict[int, RankState] = {}
+        self.watch = Watch(self.plan)
+        is_one_host = all(self.watch.is_local)
+        self.link = FrontLink(self.state, "127.0.0.1" if is_one_host else self.plan.ranks[0].host)
         self._ids = itertools.count()
+        self._attempt = 0
         self._queues: dict[int, asyncio.Queue[Token | RequestError]] = {}
         self._work = asyncio.Event()
         self._parts: dict[int, list[StepResult]] = {}
         self._sent: dict[int, float] = {}  # step -> when
-        self._failures: list[tuple[int, str, float]] = []  # rank, reason, when
         self._was_ready = False
         p = self.plan.parallel
         self._n_answers = p.dp_size * p.cp_size  # of each step: one rank of each TP group
@@ -147,42 +135,23 @@ class Dispatcher:
         """Notice a rank that ended without a word, does not answer, or keeps all others waiting."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            now = time.monotonic()
-            failed = {rank for rank, _, _ in self._failures}
-            dead = [r for r, s in self.ranks.items() if not is_alive(s.pid) and r not in failed]
-            silent = [
-                r for r, s in self.ranks.items() if s.heard and now - s.heard > SILENT_SECONDS
-            ]
-            if dead:
-                self._lose(f"{self.name(dead[0])} ended (pid {self.ranks[dead[0]].pid})")
-            elif self._failures and now - self._failures[0][2] > BLAME_SECONDS:
-                rank, reason, _ = self._failures[0]
-                self._lose(f"{self.name(rank)}: {reason}")
-            elif silent:
-                r = self.ranks[silent[0]]
-                self.health.reason = (
-                    f"{self.name(silent[0])} has not answered for {now - r.heard:.0f} s "
-                    f"(pid {r.pid})"
-                )
-            else:
+            oldest = min(self._sent, default=None)
+            sent = self._sent[oldest] if oldest is not None else 0.0
+            verdict = self.watch.look(time.monotonic(), oldest, sent)
+            if verdict is None:
                 if self.health.is_ready:
                     self.health.reason = None  # whoever was silent is back
-                self._name_the_stuck(now)
-
-    def _name_the_stuck(self, now: float) -> None:
-        """Of ranks that wait for each other, the one that waits for nobody, or is behind."""
-        beats = {rank: r.beat for rank, r in self.ranks.items() if r.beat is not None}
-        if not self._sent or len(beats) < 2:
-            return
-        since = max(min(self._sent.values()), max(r.moved for r in self.ranks.values()))
-        if now - since < STUCK_SECONDS:
-            return
-        rank = min(beats, key=lambda r: (beats[r].waiting is not None, beats[r].n_exchanges))
-        others = next((b.waiting for r, b in beats.items() if r != rank and b.waiting), "nothing")
-        self.health.reason = (
-            f"{self.name(rank)} has kept step {min(self._sent)} for {now - since:.0f} s; "
-            f"others are in {others}"
-        )
+                continue
+            reason = f"{self.watch.name(verdict.rank)} {verdict.reason}"
+            if verdict.action == "name":
+                self.health.reason = reason
+                continue
+            pid = self.watch.ranks[verdict.rank].pid
+            self._lose(reason)
+            if verdict.action == "end":
+                await self.link.end(reason, self.plan.parallel.world_size)
+                if self.watch.is_local[verdict.rank]:  # it may be stopped, and hears nothing
+                    os.kill(pid, signal.SIGKILL)
 
     async def _send_steps(self) -> None:
         while True:
@@ -195,22 +164,20 @@ class Dispatcher:
     async def _listen(self) -> None:
         while True:
             rank, message = await self.link.receive()
-            known = self.ranks.get(rank)
+            known = self.watch.ranks.get(rank)
             if isinstance(message, Hello):
-                self._greet(rank, message)
+                await self._greet(rank, message)
             elif known is None:
                 continue  # of a rank that was lost
             elif isinstance(message, Beat):
-                known.heard = time.monotonic()
-                if known.beat is None or message.n_exchanges != known.beat.n_exchanges:
-                    known.moved = known.heard
-                known.beat = message
+                known.take(message, time.monotonic())
             elif isinstance(message, ExpertCounts):
                 known.counts = message.counts
             elif isinstance(message, Loading):
                 known.loaded, known.total = message.done, message.total
-                self.health.loaded_bytes = sum(r.loaded for r in self.ranks.values())
-                self.health.total_bytes = sum(r.total for r in self.ranks.values())
+                ranks = self.watch.ranks.values()
+                self.health.loaded_bytes = sum(r.loaded for r in ranks)
+                self.health.total_bytes = sum(r.total for r in ranks)
                 is_done = self.health.loaded_bytes == self.health.total_bytes
                 self.health.state = "canary" if is_done else "loading"
             elif isinstance(message, Ready):
@@ -218,21 +185,24 @@ class Dispatcher:
             elif isinstance(message, StepResult):
                 self._add(message)
             else:
-                self._failures.append((rank, message.reason, time.monotonic()))
+                self.watch.failed(rank, message.reason, time.monotonic())
 
-    def _greet(self, rank: int, hello: Hello) -> None:
-        known = self.ranks.get(rank)
+    async def _greet(self, rank: int, hello: Hello) -> None:
+        known = self.watch.ranks.get(rank)
         if known is not None and known.pid == hello.pid:
             return  # its heartbeat
         if known is not None:
-            self._lose(f"{self.name(rank)} was started again (pid {hello.pid})")
-        self.ranks[rank] = RankState(hello.pid)
+            self._lose(f"{self.watch.name(rank)} was started again (pid {hello.pid})")
+        self.watch.ranks[rank] = RankState(hello.pid)
         if self.health.state != "failed":
             self.health.state = "loading"
+        if len(self.watch.ranks) == self.plan.parallel.world_size:
+            self._attempt += 1
+            await self.link.send(Start(self._attempt), len(self.watch.ranks))
 
     def _rank_is_ready(self, rank: RankState, message: Ready) -> None:
         rank.is_ready = True
-        n_ready = sum(r.is_ready for r in self.ranks.values())
+        n_ready = sum(r.is_ready for r in self.watch.ranks.values())
         if n_ready < self.plan.parallel.world_size:
             return
         h = self.health
@@ -255,25 +225,6 @@ class Dispatcher:
                 self._queues[token.request].put_nowait(token)
         self._work.set()
 
-    def rank_rows(self) -> list[dict[str, object]]:
-        """Say of each rank here what it holds, how far it is, and what it waits for."""
-        rows: list[dict[str, object]] = []
-        for rank, r in sorted(self.ranks.items()):
-            beat = r.beat or Beat(0, 0, None)
-            rows.append(
-                {
-                    "rank": rank,
-                    "what": self.name(rank),
-                    "pid": r.pid,
-                    "is_ready": r.is_ready,
-                    "loaded_bytes": r.loaded,
-                    "step": beat.step,
-                    "n_exchanges": beat.n_exchanges,
-                    "waiting": beat.waiting,
-                }
-            )
-        return rows
-
     def expert_load(self) -> list[list[int]]:
         """Return the rows each expert of each layer got, as ``[layer][expert]``, over all ranks."""
         plan = self.plan
@@ -281,34 +232,17 @@ class Dispatcher:
         held = [experts_of(plan, r) for r in plan.ranks]
         n_experts = 1 + max(e for rank in held for layer in rank for e in layer)
         total = [[0] * n_experts for _ in range(last)]
-        for rank, state in self.ranks.items():
+        for rank, state in self.watch.ranks.items():
             first = plan.ranks[rank].layers[0]
             for i, counts in enumerate(state.counts):
                 for expert, n in zip(held[rank][i], counts, strict=True):
                     total[first + i][expert] += n
         return total
 
-    def name(self, rank: int) -> str:
-        """Say which rank it is, and what it holds."""
-        r, p = self.plan.ranks[rank], self.plan.parallel
-        return (
-            f"rank {rank} (stage {rank // p.stage_size}, layers {r.layers[0]} to "
-            f"{r.layers[1] - 1}, experts {r.experts[0]} to {r.experts[1] - 1}, "
-            f"{r.host} device {r.device})"
-        )
-
     def _write_flight(self, reason: str) -> None:
         """Add to flight.log what every rank was doing, for who asks why afterwards."""
-        now = time.monotonic()
         lines = [f"{datetime.now().astimezone().isoformat(timespec='seconds')} {reason}"]
-        for rank, r in sorted(self.ranks.items()):
-            beat = r.beat or Beat(0, 0, None)
-            heard = f"heard {now - r.heard:.1f} s ago" if r.heard else "never heard"
-            waiting = beat.waiting or "in no exchange"
-            lines.append(
-                f"  {self.name(rank)}: step {beat.step}, {beat.n_exchanges} exchanges, {waiting}, "
-                f"{heard}, pid {r.pid}"
-            )
+        lines += [f"  {line}" for line in self.watch.flight(time.monotonic())]
         with (self.state / "flight.log").open("a", encoding="utf-8") as f:
             f.write("\n".join(lines) + "\n")
 
@@ -321,7 +255,8 @@ class Dispatcher:
         h.state = "restarting" if self._was_ready and may_restart else "failed"
         self._was_ready = False
         self._write_flight(reason)
-        self.ranks, self._parts, self._sent, self._failures = {}, {}, {}, []
+        self.watch.forget()
+        self._parts, self._sent = {}, {}
         for request_id in self.scheduler.abandon():
             if request_id in self._queues:
                 error = RequestError(f"the model stopped: {reason}", status=500)

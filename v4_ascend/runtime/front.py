@@ -294,7 +294,7 @@ def make_app(front: Front) -> FastAPI:
 
     @app.get("/ranks")
     async def ranks() -> list[dict[str, object]]:
-        return front.dispatcher.rank_rows()
+        return front.dispatcher.watch.rows()
 
     @app.get("/experts")
     async def experts() -> dict[str, object]:

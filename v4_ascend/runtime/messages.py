@@ -61,6 +61,18 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     sequences: list[SequenceStep]
 
 
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Front to ranks: all are there; they meet under the number of this attempt."""
+
+    attempt: int
+
+
+class End(msgspec.Struct, frozen=True, tag=True):
+    """Front to a rank's heartbeat: a rank is lost, leave at once and be started again."""
+
+    reason: str
+
+
 class ExpertCounts(msgspec.Struct, frozen=True, tag=True):
     """Rank to front, at times: rows each slot of each of its layers got since it was loaded."""
 
@@ -95,3 +107,4 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromRank = Hello | Beat | ExpertCounts | Loading | Ready | StepResult | Failed
+ToRank = Step | Start | End

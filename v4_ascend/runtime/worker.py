@@ -20,7 +20,7 @@ from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.link import Address, RankLink
-from v4_ascend.runtime.messages import Beat, ExpertCounts, Failed, Loading, Ready
+from v4_ascend.runtime.messages import Beat, End, ExpertCounts, Failed, Loading, Ready, Start, Step
 from v4_ascend.supernode.plan import Plan
 
 BEAT_SECONDS = 1.0
@@ -31,11 +31,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     """Serve the front until it is gone; exit 1 if that is not possible."""
     _die_with_parent()
-    state, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    address = Address.read(state)
+    state = Path(sys.argv[1])
+    plan, address = Plan.read(state / "plan.json"), Address.read(state)
+    rank = rank_of(plan, os.environ["V4_ASCEND_HOST"], int(os.environ["LOCAL_RANK"]))
     link = RankLink(address, rank)
     try:
-        plan = Plan.read(state / "plan.json")
         if plan.emulated:
             emulation.install(plan.chip or "950dt")
         with use_policy(backend=plan.backend, kernels=plan.kernels, fallback=plan.fallback):
@@ -43,6 +43,11 @@ def main() -> None:
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
         link.send(Failed(f"{type(e).__name__}: {e}"))
         raise
+
+
+def rank_of(plan: Plan, host: str, local_rank: int) -> int:
+    """Return the plan's number of a host's process: torchrun numbers hosts as they come."""
+    return [r.rank for r in plan.ranks if r.host == host][local_rank]
 
 
 def _die_with_parent() -> None:
@@ -63,14 +68,19 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             link.send(Loading(done, total))
 
     device = torch.device(find_backend(plan.backend, "plan.backend").device())
-    with joined(plan, rank, device) as groups:
-        beat = Thread(target=_beat, args=(address, rank, groups.flight), daemon=True)
-        beat.start()
+    flight = Flight()
+    Thread(target=_beat, args=(address, rank, flight), daemon=True).start()
+    match link.receive():
+        case Start(attempt):
+            pass
+        case _:
+            return  # the front is gone
+    with joined(plan, rank, device, flight, attempt) as groups:
         engine = Engine.load(plan, progress, groups if plan.parallel.world_size > 1 else None)
         report = engine.canary()
         link.send(Ready(report.kind, report.median_relative_error))
         counted = time.monotonic()
-        while (step := link.receive()) is not None:
+        while isinstance(step := link.receive(), Step):
             result = engine.step(step)
             if engine.answers:
                 link.send(result)
@@ -80,10 +90,13 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
 
 
 def _beat(address: Address, rank: int, flight: Flight) -> None:
-    link = RankLink(address, rank, "-beat")
+    link = RankLink(address, rank, is_heartbeat=True)
     while True:
         link.send(Beat(flight.step, flight.n_exchanges, flight.waiting))
-        time.sleep(BEAT_SECONDS)
+        match link.poll(BEAT_SECONDS):
+            case End(reason):
+                sys.stderr.write(f"rank {rank}: told to end: {reason}\n")
+                os._exit(1)  # the main thread may wait for a rank that never answers
 
 
 if __name__ == "__main__":
