@@ -1,0 +1,119 @@
+"""The ranks of another host: started over ssh, ended when who started them is gone.
+
+The first line of standard input says what to run (`Bundle`). After it a line comes every second;
+once none comes, whatever happened to the other end, nothing of ours is left here.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+import msgspec
+
+from v4_ascend import __version__
+from v4_ascend.deploy.state import state_root
+from v4_ascend.deploy.torchrun import Meeting, torchrun
+from v4_ascend.errors import DeployError, V4AscendError
+from v4_ascend.runtime.link import Address
+from v4_ascend.supernode.plan import Plan
+
+BEAT_SECONDS = 1.0
+GIVE_UP_SECONDS = 15.0
+KILL_SECONDS = 5.0
+# Settings of the deploying shell that hold for the ranks of all hosts.
+PASSED_ON = ("V4_ASCEND_", "OMP_", "HCCL_", "ASCEND_", "NCCL_", "GLOO_", "XDG_STATE_HOME")
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """What a host must know to run its ranks."""
+
+    version: str
+    host: str
+    plan: str
+    link: dict[str, str]
+    endpoint: str
+    n_hosts: int
+    env: dict[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan, host: str, address: Address, meeting: Meeting) -> Bundle:
+        """Gather it on the deploying host."""
+        env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        env.pop("V4_ASCEND_HOST", None)
+        link = {k: str(v) for k, v in address.__dict__.items() if k != "front_pid"}
+        return cls(
+            __version__,
+            host,
+            plan.model_dump_json(),
+            link,
+            meeting.endpoint,
+            meeting.n_hosts,
+            env,
+        )
+
+
+def main() -> None:
+    """Run the ranks until they end, or the other end does; exit with their code."""
+    try:
+        bundle = msgspec.json.decode(sys.stdin.buffer.readline(), type=Bundle)
+        if bundle.version != __version__:
+            raise DeployError(
+                f"{bundle.host}: v4-ascend {__version__} here, {bundle.version} deploys"
+            )
+        os.environ.update(bundle.env)
+        raise SystemExit(_run(bundle))
+    except (V4AscendError, msgspec.DecodeError, OSError) as e:
+        raise SystemExit(f"error: {e}") from e
+
+
+def _run(bundle: Bundle) -> int:
+    plan = Plan.model_validate_json(bundle.plan)
+    folder = state_root() / f"{plan.name}.{bundle.host}"  # hosts may share their home folders
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    Address(**bundle.link, front_pid=None).write(folder)
+    plan.write(folder / "plan.json")
+    command, env = torchrun(plan, bundle.host, folder, Meeting(bundle.endpoint, bundle.n_hosts))
+    told = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    ranks = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+            heard = time.monotonic()
+            while not told and ranks.poll() is None:
+                if selector.select(timeout=0.2):
+                    if not os.read(sys.stdin.fileno(), 4096):
+                        break
+                    heard = time.monotonic()
+                if time.monotonic() - heard > GIVE_UP_SECONDS:
+                    break
+    finally:
+        stop(ranks, KILL_SECONDS)
+    return ranks.returncode
+
+
+def stop(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End a process and its session: by SIGTERM, and SIGKILL after `patience` seconds."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The command that starts the ranks of one host, and its environment."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from v4_ascend.emulation.environment import environment
+from v4_ascend.errors import DeployError
+from v4_ascend.supernode.plan import Plan
+
+MAX_RESTARTS = 3
+SIOCGIFADDR = 0x8915  # linux/sockios.h
+# How each library learns which network interface to use.
+INTERFACE_KEYS = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME",
+                  "ascend": "HCCL_SOCKET_IFNAME", "mindspore": "HCCL_SOCKET_IFNAME"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the agents of several hosts meet: ``host:port`` on the plan's first host."""
+
+    endpoint: str
+    n_hosts: int
+
+
+def hosts_of(plan: Plan) -> tuple[str, ...]:
+    """Return the plan's hosts in the order of their ranks."""
+    return tuple(dict.fromkeys(r.host for r in plan.ranks))
+
+
+def torchrun(
+    plan: Plan, host: str, folder: Path, meeting: Meeting | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return command and environment of a host's ranks; their plan is in `folder`.
+
+    Raises:
+        DeployError: the host's name is no address of this machine.
+    """
+    env = dict(os.environ) | {"V4_ASCEND_HOST": host}
+    python = sys.executable
+    if plan.emulated:
+        python, env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(environment("npu")), "0"
+    n_ranks = sum(r.host == host for r in plan.ranks)
+    if meeting is None:
+        where = ["--nnodes", "1", "--rdzv-endpoint", "127.0.0.1:0"]
+    else:
+        address = socket.gethostbyname(host)
+        env.setdefault(INTERFACE_KEYS[plan.backend], _interface_of(address, host))
+        is_first = host == plan.ranks[0].host
+        where = ["--nnodes", str(meeting.n_hosts), "--rdzv-endpoint", meeting.endpoint]
+        where += ["--rdzv-id", plan.digest[:16], "--local-addr", address]
+        where += ["--rdzv-conf", f"is_host={int(is_first)}"]
+    command = [
+        *(python, "-m", "torch.distributed.run", *where),
+        *("--nproc-per-node", str(n_ranks), "--rdzv-backend", "c10d"),
+        *("--max-restarts", str(MAX_RESTARTS)),
+        # Slower than the front's watch: it must see which rank ended before all others are.
+        *("--monitor-interval", "1"),
+        # Each line says which of the host's ranks wrote it: `logs --rank`.
+        *("--tee", "3", "--log-dir", str(folder / "torchrun")),
+        *("-m", "v4_ascend.runtime.worker", str(folder)),
+    ]
+    return command, env | {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${local_rank}]: "}
+
+
+def _interface_of(address: str, host: str) -> str:
+    """Return the network interface that has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # it has no address
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    raise DeployError(
+        f"{host} ({address}) is no address of this machine ({socket.gethostname()}); deploy runs "
+        "on the first host of the topology, and each host's name must be its address for the others"
+    )
