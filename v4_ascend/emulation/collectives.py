@@ -40,9 +40,11 @@ def communicator(name: str) -> dist.ProcessGroup | None:
     if not name.startswith(_NAME) or not _is_hccl(group_name):
         return None
     try:
-        return dist.distributed_c10d._resolve_process_group(group_name)
+        found: Any = torch._C._distributed_c10d
+        group: dist.ProcessGroup = found._resolve_process_group(group_name)
     except RuntimeError:  # it is gone
         return None
+    return group
 
 
 def _is_hccl(group_name: str) -> bool:
