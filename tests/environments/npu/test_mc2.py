@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,42 +35,42 @@ REFUSALS = {
 }
 
 
+@pytest.fixture(scope="module", params=SIZES)
+def chip(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Return a function: what each rank of a chip saw, its processes run once."""
-
-    @cache
-    def run(chip):
-        out = tmp_path_factory.mktemp(chip)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), chip, str(r), str(SIZES[chip]), str(port), str(out)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-            )
-            for r in range(SIZES[chip])
-        ]
-        try:
-            outputs = [p.communicate(timeout=200)[0] for p in processes]
-        finally:
-            for p in processes:
-                p.kill()
-                p.wait()
-        assert not any(p.returncode for p in processes), "\n".join(o[-2000:] for o in outputs)
-        return [json.loads((out / f"{r}.json").read_text()) for r in range(SIZES[chip])]
-
-    return run
+def ranks(tmp_path_factory, chip):
+    """What each rank of a chip saw, its processes run once."""
+    out = tmp_path_factory.mktemp(chip)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    size = SIZES[chip]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), chip, str(r), str(size), str(port), str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        )
+        for r in range(size)
+    ]
+    try:
+        outputs = [p.communicate(timeout=200)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+            p.wait()
+    assert not any(p.returncode for p in processes), "\n".join(o[-2000:] for o in outputs)
+    return [json.loads((out / f"{r}.json").read_text()) for r in range(size)]
 
 
-@pytest.mark.parametrize("chip", SIZES)
-def test_rows_are_the_references_and_the_operators_are_called_where_they_can_be(ranks, chip):
+def test_rows_are_the_references_and_the_operators_are_called_where_they_can_be(ranks):
     """The ranks compared the rows; alike, uneven with one idle, nobody's, too many."""
-    for seen in ranks(chip):
+    for seen in ranks:
         alike, uneven, nobodys, too_many = seen["calls"]
         assert alike == {name: 2 * n for name, n in ONCE.items()}  # once more to prove the order
         assert uneven == ONCE
@@ -79,17 +78,15 @@ def test_rows_are_the_references_and_the_operators_are_called_where_they_can_be(
         assert not too_many.keys() & ONCE.keys()
 
 
-@pytest.mark.parametrize("chip", SIZES)
 @pytest.mark.parametrize("what", REFUSALS)
 def test_a_call_that_the_vendors_page_rules_out_is_refused(ranks, chip, what):
-    said = ranks(chip)[0]["said"][what]
+    said = ranks[0]["said"][what]
     if (chip, what) == ("950dt", "scales"):  # which alone may have them or not
         assert said == "accepted"
         return
     assert re.search(REFUSALS[what], said), said
 
 
-@pytest.mark.parametrize("chip", SIZES)
-def test_rows_in_another_order_are_found_at_the_first_call(ranks, chip):
-    for seen in ranks(chip):
+def test_rows_in_another_order_are_found_at_the_first_call(ranks):
+    for seen in ranks:
         assert "rows do not arrive by expert, rank and token" in seen["misordered"]
