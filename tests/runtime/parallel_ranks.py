@@ -1,7 +1,8 @@
 """One rank of several plans in turn: ``python parallel_ranks.py FOLDER RANK``. Run by tests.
 
 FOLDER has cases.json: for each case a plan, a port, and steps; a step has for each DP group its
-[slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt.
+[slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt, each rank its facts. Plans of
+an emulated NPU run on one: all of a folder are then of the same chip.
 """
 
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from v4_ascend import emulation
+from v4_ascend.backends import find_backend
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
@@ -19,18 +22,23 @@ from v4_ascend.supernode.plan import Plan
 
 
 def run(plan, rank, steps):
-    with joined(plan, rank, torch.device("cpu")) as groups:
+    if plan.emulated:
+        emulation.install(plan.chip)
+        emulation.reset_calls()
+    device = torch.device(find_backend(plan.backend, "plan.backend").device())
+    with joined(plan, rank, device) as groups:
         read = [0]
 
         def progress(done, total):
             read[:] = [done, total]
 
-        with use_policy(kernels=plan.kernels):
+        with use_policy(backend=plan.backend, kernels=plan.kernels):
             engine = Engine.load(plan, progress, groups)
             logits = []
             for step in steps:
                 chunks = [Chunk(*c) for c in step[groups.dp_rank]]
-                logits.append(engine.logits(chunks))
+                found = engine.logits(chunks)
+                logits.append(None if found is None else found.cpu())
         weights = {
             t.data_ptr(): t.numel() for b in engine.model.layers for t in tensors(b.ffn.experts)
         }
@@ -40,7 +48,20 @@ def run(plan, rank, steps):
             "load": [b.ffn.load.tolist() for b in engine.model.layers],
             "bytes_sent": groups.flight.bytes_sent,
         }
+        if plan.emulated:
+            facts |= emulated_facts(groups)
         return groups, logits, facts
+
+
+def emulated_facts(groups):
+    from v4_ascend.emulation import collectives
+
+    return {
+        "groups": collectives.asked(),
+        "hccl_name": groups.ep.hccl_name,
+        "calls": emulation.calls("npu") | emulation.calls("c10d"),
+        "device": str(torch.empty(1, device="npu").device),
+    }
 
 
 def tensors(experts):
