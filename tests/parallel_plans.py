@@ -47,8 +47,11 @@ def make_plan(checkpoint, layout, **changes):
 
 
 def steps_of(n_dp, ragged=RAGGED):
-    """Prefill, chunks, decode, ragged batches; the second DP group is idle at times."""
-    g = torch.Generator().manual_seed(5)
+    """Prefill, chunks, decode, ragged batches; the second DP group is idle at times.
+
+    A group has the same sequences however many there are.
+    """
+    of_group = [torch.Generator().manual_seed(5 + dp) for dp in range(n_dp)]
     steps, done = [], {}
     for number, sizes in enumerate(ragged):
         step = []
@@ -57,7 +60,7 @@ def steps_of(n_dp, ragged=RAGGED):
             for slot, size in enumerate(sizes):
                 if not size or (dp == 1 and number in (1, 3)):
                     continue
-                ids = torch.randint(0, TINY.vocab_size, (size,), generator=g).tolist()
+                ids = torch.randint(0, TINY.vocab_size, (size,), generator=of_group[dp]).tolist()
                 chunks.append([slot, ids, done.get((dp, slot), 0)])
                 done[dp, slot] = chunks[-1][2] + size
             step.append(chunks)

@@ -8,17 +8,21 @@ an emulated NPU run on one: all of a folder are then of the same chip.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from v4_ascend import emulation
 from v4_ascend.backends import find_backend
-from v4_ascend.ops import use_policy
+from v4_ascend.ops import moe_combine, use_policy
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.plan import Plan
+
+sys.path.append(str(Path(__file__).parents[1]))
+from planting import planted_kernel  # noqa: E402
 
 
 def run(plan, rank, steps):
@@ -34,11 +38,8 @@ def run(plan, rank, steps):
 
         with use_policy(backend=plan.backend, kernels=plan.kernels):
             engine = Engine.load(plan, progress, groups)
-            logits = []
-            for step in steps:
-                chunks = [Chunk(*c) for c in step[groups.dp_rank]]
-                found = engine.logits(chunks)
-                logits.append(None if found is None else found.cpu())
+            with sums(plan):
+                logits = [on_cpu(engine, step[groups.dp_rank]) for step in steps]
         weights = {
             t.data_ptr(): t.numel() for b in engine.model.layers for t in tensors(b.ffn.experts)
         }
@@ -51,6 +52,22 @@ def run(plan, rank, steps):
         if plan.emulated:
             facts |= emulated_facts(groups)
         return groups, logits, facts
+
+
+def on_cpu(engine, chunks):
+    found = engine.logits([Chunk(*c) for c in chunks])
+    return None if found is None else found.cpu()
+
+
+def sums(plan):
+    """Let a lone emulated rank round the experts' sums to bf16, as the fused combine does."""
+    if not plan.emulated or plan.parallel.world_size > 1:
+        return nullcontext()
+
+    def rounded(rows, source, topk, tokens_per_rank, group):
+        return moe_combine.reference(rows, source, topk, tokens_per_rank, group).bfloat16().float()
+
+    return planted_kernel(moe_combine, "ascend", rounded)
 
 
 def emulated_facts(groups):

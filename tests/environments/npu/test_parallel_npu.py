@@ -26,10 +26,10 @@ REFERENCES = {
     "ep4": {"dp_size": 4, "ep_size": 4},
     "pp2-dp2-tp2-ep4": {"pp_size": 2, "dp_size": 2, "tp_size": 2, "ep_size": 4},
 }
-# The same slots and sequences in each: what one rank computes of a DP group is the measure.
+# A DP group has the same sequences in each: what one rank computes of it is the measure.
 FAST = {
     "one": {},
-    "fast-ep2": {"tp_size": 2, "ep_size": 2},
+    "fast-ep2": {"dp_size": 2, "ep_size": 2},
     "fast-ep4": {"dp_size": 4, "ep_size": 4},
 }
 ON_NPU = {"device": "cpu-emulated-npu", "backend": "ascend", "chip": "a2", "emulated": True}
@@ -113,11 +113,16 @@ def test_experts_are_reached_by_the_fused_operators(runs, checkpoint, name):
 
 @pytest.mark.parametrize("name", ["fast-ep2", "fast-ep4"])
 def test_with_them_logits_are_those_of_one_emulated_npu(runs, name):
-    """The operators round a sum to bf16 before the shared expert is added, one rank after."""
+    """Whose sums of experts are rounded to bf16 too: most tokens are the same bits.
+
+    Experts get rows of all groups in one product, which may then sum in another order.
+    """
     assert runs[1][name]["steps"][0][0] == runs[1]["one"]["steps"][0][0]
-    errors = [
-        (a - b).norm(dim=-1) / b.norm(dim=-1)
-        for a, b in zip(_logits(runs, name), _logits(runs, "one"), strict=True)
-    ]
-    print("ERR", name, float(torch.cat(errors).median()), float(torch.cat(errors).max()))
-    assert float(torch.cat(errors).median()) < 0.03
+    errors = torch.cat(
+        [
+            (a - b).norm(dim=-1) / b.norm(dim=-1)
+            for a, b in zip(_logits(runs, name), _logits(runs, "one"), strict=True)
+        ]
+    )
+    assert float(errors.median()) == 0.0
+    assert float(errors.max()) < 1e-3
