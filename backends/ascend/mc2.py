@@ -93,11 +93,9 @@ def _dispatch(
     x: torch.Tensor, ids: torch.Tensor, tokens_per_rank: torch.Tensor, n_experts: int, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor, _Dispatched]:
     """Bring all ranks to the same number of tokens, and send those that are real."""
-    (n, topk), most, limits = (
-        ids.shape,
-        int(tokens_per_rank.max()),
-        mc2_limits.LIMITS[current_chip()],
-    )
+    n, topk = ids.shape
+    most = int(tokens_per_rank.max())
+    limits = mc2_limits.LIMITS[current_chip()]
     padding = torch.arange(topk, dtype=torch.int32, device=x.device)  # a row's experts differ
     padded_ids = torch.cat((ids.int(), padding.expand(most - n, topk)))
     mask = None

@@ -124,6 +124,7 @@ def why_no_batch(
         dim=dim,
         topk=topk,
     )
+    # The same on all ranks, or the vendor's operators do not work either.
     has = int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_MB))
     if need > has * MB:
         return f"HCCL_BUFFSIZE is {has}, {n_tokens} tokens a rank need {-(-need // MB)} (OPD)"
