@@ -12,10 +12,16 @@ from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
 
 
 class Group(Protocol):
-    """The ranks that share one layer's experts; built by the runtime."""
+    """The ranks that share one layer's experts; built by the runtime.
+
+    Attributes:
+        hccl_name: of an HCCL communicator that these ranks have for the vendor's dispatch and
+            combine alone, which address ranks by it; None where there is none.
+    """
 
     rank: int
     size: int
+    hccl_name: str | None
 
     def all_gather(
         self, x: torch.Tensor, sizes: Sequence[int] | None = None
@@ -39,6 +45,7 @@ class Solo:
 
     rank = 0
     size = 1
+    hccl_name: str | None = None
 
     def all_gather(
         self, x: torch.Tensor, sizes: Sequence[int] | None = None
@@ -177,7 +184,8 @@ def moe_combine(
     """Return each rank the fp32 sum of its tokens' rows, wherever they were computed.
 
     Every pair is summed in the order of the token's choices, so the result does not depend
-    on the size of the group.
+    on the size of the group. A vendor operator that returns sums in the rows' dtype may stand
+    in for this: its result is the sum rounded once.
 
     Shapes:
         rows             [n_rows, dim]  bf16 or fp32, as `moe_dispatch` ordered them

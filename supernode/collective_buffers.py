@@ -24,15 +24,36 @@ def min_buffsize_mb(
     config: ModelConfig, family: str, ep_size: int, n_local_experts: int, n_tokens: int
 ) -> int:
     """Return the least HCCL_BUFFSIZE, in MB, for `n_tokens` a rank brings to a dispatch."""
-    n, h, k = n_tokens, config.dim, config.n_activated_experts
-    if family == "a2":
-        need = 2 * (n * ep_size * min(n_local_experts, k) * h * 2 + 2 * MB)
-    else:
-        row = _align(_align(2 * h, 32) + 64, 512)
-        sent = n_local_experts * n * ep_size * row
-        back = (k + config.n_shared_experts) * n * _align(2 * h, 512)
-        need = 2 * (sent + back)
+    need = needed_bytes(
+        family,
+        ep_size=ep_size,
+        n_local_experts=n_local_experts,
+        n_tokens=n_tokens,
+        dim=config.dim,
+        topk=config.n_activated_experts,
+        n_shared_experts=config.n_shared_experts,
+    )
     return max(DEFAULT_MB, -(-need // MB))
+
+
+def needed_bytes(
+    family: str,
+    *,
+    ep_size: int,
+    n_local_experts: int,
+    n_tokens: int,
+    dim: int,
+    topk: int,
+    n_shared_experts: int = 1,
+) -> int:
+    """Return the bytes of a communicator's buffer that a dispatch and its combine fill."""
+    n = n_tokens
+    if family == "a2":
+        return 2 * (n * ep_size * min(n_local_experts, topk) * dim * 2 + 2 * MB)
+    row = _align(_align(2 * dim, 32) + 64, 512)
+    sent = n_local_experts * n * ep_size * row
+    back = (topk + n_shared_experts) * n * _align(2 * dim, 512)
+    return 2 * (sent + back)
 
 
 def buffer_bytes(

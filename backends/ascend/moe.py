@@ -1,13 +1,14 @@
 """Moving rows to their experts and back with the stock routing operators.
 
-The fused dispatch and combine over HCCL (`npu_moe_distribute_dispatch_v2`) address ranks by
-the name of an HCCL communicator, which `Group` does not have: ranks exchange through it.
+Between ranks they go by the fused operators of `mc2`, tried first; then by all-to-all; and
+between few ranks tokens are gathered here.
 """
 
 from __future__ import annotations
 
 import torch
 
+from v4_ascend.backends import exchange
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.ops import Group, moe_combine, moe_dispatch, moe_permute, moe_unpermute
 
@@ -45,7 +46,14 @@ def init_routing(
     return _sorted_rows(x, ids, n_experts, 0, n_experts) if len(x) else _none(x, n_experts)
 
 
-@moe_dispatch.kernel("ascend", provider="torch_npu")
+def _why_no_gather(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+) -> str | None:
+    many = group.size > exchange.FEW_RANKS
+    return f"{group.size} ranks: all-to-all moves less" if many else None
+
+
+@moe_dispatch.kernel("ascend", provider="torch_npu", why_not=_why_no_gather)
 def gather_and_route(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -105,3 +113,6 @@ def local_unpermute(
 ) -> torch.Tensor:
     """Sum where all experts are on one rank."""
     return _summed(rows, source, topk) if len(rows) else rows.float()
+
+
+exchange.register("ascend")

@@ -178,12 +178,22 @@ TABLE: tuple[Row, ...] = (
         "OPD npu_moe_init_routing_v2", _ALL,
     ),
     Row(
+        "moe_dispatch", CHIPS, "distribute_dispatch", "npu::npu_moe_distribute_dispatch_v2",
+        "many ranks of an HCCL group; bf16; 512 tokens a rank (A2: 256), top 16 of 1024, dim 1024 "
+        "to 8192 (A2: 32 n up to 7168)", "OPD npu_moe_distribute_dispatch_v2", _ALL,
+    ),
+    Row(
         "moe_dispatch", CHIPS, "gather_and_route", "npu::npu_moe_init_routing_v2",
-        "none; tokens are gathered through the group", "OPD npu_moe_init_routing_v2", _ALL,
+        "3 ranks; tokens are gathered through the group", "OPD npu_moe_init_routing_v2", _ALL,
     ),
     Row(
         "moe_unpermute", CHIPS, "token_unpermute", "npu::npu_moe_token_unpermute", "top 512",
         "OPD npu_moe_token_unpermute", _ALL,
+    ),
+    Row(
+        "moe_combine", CHIPS, "distribute_combine", "npu::npu_moe_distribute_combine_v2",
+        "rows that distribute_dispatch brought; bf16, and so the sums",
+        "OPD npu_moe_distribute_combine_v2", _ALL,
     ),
     Row(
         "moe_combine", CHIPS, "local_unpermute", "npu::npu_moe_token_unpermute",

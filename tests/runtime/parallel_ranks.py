@@ -1,37 +1,46 @@
 """One rank of several plans in turn: ``python parallel_ranks.py FOLDER RANK``. Run by tests.
 
 FOLDER has cases.json: for each case a plan, a port, and steps; a step has for each DP group its
-[slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt.
+[slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt, each rank its facts. Plans of
+an emulated NPU run on one: all of a folder are then of the same chip.
 """
 
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from v4_ascend.ops import use_policy
+from v4_ascend import emulation
+from v4_ascend.backends import find_backend
+from v4_ascend.ops import moe_combine, use_policy
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.plan import Plan
 
+sys.path.append(str(Path(__file__).parents[1]))
+from planting import planted_kernel  # noqa: E402
+
 
 def run(plan, rank, steps):
-    with joined(plan, rank, torch.device("cpu"), Flight()) as groups:
+    if plan.emulated:
+        emulation.install(plan.chip)
+        emulation.reset_calls()
+    device = torch.device(find_backend(plan.backend, "plan.backend").device())
+    with joined(plan, rank, device, Flight()) as groups:
         read = [0]
 
         def progress(done, total):
             read[:] = [done, total]
 
-        with use_policy(kernels=plan.kernels):
+        with use_policy(backend=plan.backend, kernels=plan.kernels):
             engine = Engine.load(plan, progress, groups)
-            logits = []
-            for step in steps:
-                chunks = [Chunk(*c) for c in step[groups.dp_rank]]
-                logits.append(engine.logits(chunks))
+            with sums(plan):
+                logits = [on_cpu(engine, step[groups.dp_rank]) for step in steps]
         weights = {
             t.data_ptr(): t.numel() for b in engine.model.layers for t in tensors(b.ffn.experts)
         }
@@ -41,7 +50,36 @@ def run(plan, rank, steps):
             "load": [b.ffn.load.tolist() for b in engine.model.layers],
             "bytes_sent": groups.flight.bytes_sent,
         }
+        if plan.emulated:
+            facts |= emulated_facts(groups)
         return groups, logits, facts
+
+
+def on_cpu(engine, chunks):
+    found = engine.logits([Chunk(*c) for c in chunks])
+    return None if found is None else found.cpu()
+
+
+def sums(plan):
+    """Let a lone emulated rank round the experts' sums to bf16, as the fused combine does."""
+    if not plan.emulated or plan.parallel.world_size > 1:
+        return nullcontext()
+
+    def rounded(rows, source, topk, tokens_per_rank, group):
+        return moe_combine.reference(rows, source, topk, tokens_per_rank, group).bfloat16().float()
+
+    return planted_kernel(moe_combine, "ascend", rounded)
+
+
+def emulated_facts(groups):
+    from v4_ascend.emulation import collectives
+
+    return {
+        "groups": collectives.asked(),
+        "hccl_name": groups.ep.hccl_name,
+        "calls": emulation.calls("npu") | emulation.calls("c10d"),
+        "device": str(torch.empty(1, device="npu").device),
+    }
 
 
 def tensors(experts):

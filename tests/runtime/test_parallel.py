@@ -1,29 +1,20 @@
 """Any legal layout computes what one process computes, over real processes and gloo."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from parallel_plans import make_plan, run_ranks
 
 from v4_ascend.checkpoint.synthetic import write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
-from v4_ascend.config.topology import ParallelConfig, load_topology
+from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
-from v4_ascend.supernode.experts import place_layer
 from v4_ascend.supernode.holdings import bytes_read, holdings
-from v4_ascend.supernode.plan import Rank, plan_of
-from v4_ascend.supernode.stages import balance
 
-SCRIPT = Path(__file__).with_name("parallel_ranks.py")
-TINY = ModelConfig.read(preset_path("tiny"))
 # Wide enough that TP of 4 splits whole FP8 blocks.
 CHANGES = {"num_attention_heads": 8, "o_groups": 4, "o_lora_rank": 128}
 LAYOUTS = {
@@ -60,88 +51,6 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
     write_synthetic(ModelConfig.read(file), folder, seed=3)
     return folder
-
-
-def make_plan(checkpoint, layout, **changes):
-    p = ParallelConfig(**layout)
-    config = ModelConfig.read(checkpoint)
-    topology = load_topology(
-        "laptop",
-        [f"model.checkpoint={checkpoint}", "serve.max_model_len=256", "runtime.dtype=fp32"],
-    )
-    stages = balance([1.0] * config.n_layers, p.pp_size)
-    share = config.n_routed_experts // p.ep_size
-    ranks = []
-    for rank in range(p.world_size):
-        stage, within = divmod(rank, p.stage_size)
-        first = within % p.ep_size * share
-        ranks.append(
-            Rank(rank=rank, host="here", layers=stages[stage], experts=(first, first + share))
-        )
-    placement = None
-    if p.n_redundant_experts:
-        counts = [100 - 9 * e for e in range(config.n_routed_experts)]
-        placement = (place_layer(counts, p.ep_size, p.n_redundant_experts),) * config.n_layers
-    plan = plan_of(topology, p, tuple(ranks), placement=placement)
-    few = {"quant_sim": "off", "max_batch_size": 2 * p.dp_size, "max_chunk": 96, **changes}
-    return plan.model_copy(update=few)
-
-
-def steps_of(n_dp):
-    """Prefill, chunks, decode, ragged batches; the second DP group is idle at times."""
-    g = torch.Generator().manual_seed(5)
-    steps, done = [], {}
-    ragged = [(90, 3), (7, 50), (1, 1), (1, 0), (33, 1), (0, 0), (1, 1)]
-    for number, sizes in enumerate(ragged):
-        step = []
-        for dp in range(n_dp):
-            chunks = []
-            for slot, size in enumerate(sizes):
-                if not size or (dp == 1 and number in (1, 3)):
-                    continue
-                ids = torch.randint(0, TINY.vocab_size, (size,), generator=g).tolist()
-                chunks.append([slot, ids, done.get((dp, slot), 0)])
-                done[dp, slot] = chunks[-1][2] + size
-            step.append(chunks)
-        steps.append(step)
-    return steps
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_ranks(folder, plans, n_ranks, timeout=240):
-    cases = {
-        name: {
-            "plan": json.loads(plan.model_dump_json()),
-            "port": free_port(),
-            "steps": steps_of(plan.parallel.dp_size),
-        }
-        for name, plan in plans.items()
-    }
-    (folder / "cases.json").write_text(json.dumps(cases))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"V4_ASCEND_COMM_TIMEOUT": "30"},
-        )
-        for rank in range(n_ranks)
-    ]
-    try:
-        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-            p.wait()
-    failed = {r: out[-1500:] for r, out in enumerate(outputs) if processes[r].returncode}
-    assert not failed, "\n".join(f"rank {r}: {text}" for r, text in failed.items())
-    return cases
 
 
 def alone(checkpoint, steps, dp, kernels):

@@ -31,9 +31,15 @@ class CommGroup:
     """Ranks that exchange tensors; the same calls, in the same order, on each of them."""
 
     def __init__(
-        self, name: str, ranks: Sequence[int], me: int, handle: dist.ProcessGroup, flight: Flight
+        self,
+        name: str,
+        ranks: Sequence[int],
+        me: int,
+        handle: dist.ProcessGroup,
+        flight: Flight,
+        hccl_name: str | None = None,
     ) -> None:
-        self.name, self.ranks = name, tuple(ranks)
+        self.name, self.ranks, self.hccl_name = name, tuple(ranks), hccl_name
         self.rank, self.size = self.ranks.index(me), len(ranks)
         self._handle, self._flight = handle, flight
 
@@ -135,8 +141,12 @@ class Groups:
                     mine[name] = Solo()
                 continue
             handle = dist.new_group(list(ranks))
+            # The vendor's dispatch and combine allow no other operator on their communicator.
+            has_mc2 = name == "ep" and device.type == "npu"
+            mc2 = dist.new_group(list(ranks)) if has_mc2 else None
             if rank in ranks and handle is not None:
-                mine[name] = CommGroup(name, ranks, rank, handle, flight)
+                hccl_name = _hccl_name(mc2, device) if mc2 is not None else None
+                mine[name] = CommGroup(name, ranks, rank, handle, flight, hccl_name)
         return cls(
             rank,
             dp_rank,
@@ -180,6 +190,11 @@ def group_ranks(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield "cp", tuple(range(first, first + p.cp_size * p.tp_size, p.tp_size))
         for first in range(base, base + p.stage_size, p.ep_size):
             yield "ep", tuple(range(first, first + p.ep_size))
+
+
+def _hccl_name(handle: dist.ProcessGroup, device: torch.device) -> str:
+    backend: Any = handle._get_backend(device)
+    return str(backend.get_hccl_comm_name(dist.get_rank(handle)))
 
 
 def _store(rank: int, world_size: int, timeout: timedelta, attempt: int) -> Any:
