@@ -31,11 +31,11 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says."""
-    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.cli.inspection import facts, print_inspection
 
     try:
-        found = Checkpoint(checkpoint)
+        found = CheckpointFolder(checkpoint)
     except V4AscendError as e:
         if not as_json:
             raise
