@@ -7,6 +7,8 @@ that of `Transformer.read`, so that a file of a rank's own is read from its begi
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,6 +115,17 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
     if end == config.n_layers:
         _hold(held, reads.head, plan, rank)
     return held
+
+
+def layout_digest(config: ModelConfig, plan: Plan) -> str:
+    """Digest what decides which rank reads what: two plans of one layout read the same files."""
+    layout = {
+        "parallel": plan.parallel.model_dump(mode="json"),
+        "ranks": [(r.rank, r.layers, r.experts) for r in plan.ranks],
+        "expert_placement": plan.expert_placement,
+        "config": config.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
 def bytes_read(held: Mapping[str, Held]) -> int:

@@ -28,10 +28,15 @@ def read_into(fd: int, header: TensorHeader, at: int, into: memoryview) -> None:
 
     Raises:
         CheckpointError: the file ends before.
+        OSError: it cannot be read; `filename` says which.
     """
     done = 0
     while done < len(into):
-        n = os.preadv(fd, [into[done:]], at + done)
+        try:
+            n = os.preadv(fd, [into[done:]], at + done)
+        except OSError as e:
+            e.filename = str(header.file)
+            raise
         if not n:
             raise CheckpointError(f"{header.file}: {header.name}: the file became shorter")
         done += n

@@ -61,9 +61,11 @@ def init_command(
     config: Annotated[Path | None, typer.Option(help="a config.json instead of a preset")] = None,
     seed: Annotated[int, typer.Option(help="of the random values")] = 0,
     format: Annotated[Format, typer.Option("--format", help="of the weights")] = Format.fp8,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="true names and sizes, holes for data")
+    ] = False,
 ) -> None:
     """Write a synthetic checkpoint: random values, official names, dtypes and shards."""
-    from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
     from v4_ascend.cli.progress import reporter
     from v4_ascend.config.model import ModelConfig
     from v4_ascend.config.presets import preset_path
@@ -71,6 +73,16 @@ def init_command(
     if (preset is None) == (config is None):
         raise ConfigError("init", "give either --preset or --config")
     path = config if config is not None else preset_path(preset or "")
+    if sparse:
+        from v4_ascend.checkpoint.sparse import write_sparse
+
+        if format is not Format.fp8:
+            raise ConfigError("--sparse", "writes the format of the configuration alone")
+        write_sparse(ModelConfig.read(path), out)
+        typer.echo(f"{out}: sparse {path.stem} checkpoint, every value is zero")
+        return
+    from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
+
     model = in_format(ModelConfig.read(path), format.value)
     with reporter("writing shards") as progress:
         write_synthetic(model, out, seed=seed, progress=progress)
