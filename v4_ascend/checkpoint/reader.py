@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.header import TensorHeader
 from v4_ascend.checkpoint.pieces import pieces, read_into
+from v4_ascend.checkpoint.sharded import ShardedFolder
 from v4_ascend.config.inventory import Dtype
 from v4_ascend.errors import CheckpointError
 from v4_ascend.supernode.holdings import Part
+from v4_ascend.supernode.plan import Plan
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -46,6 +48,25 @@ class Checkpoint(CheckpointFolder):
         """Yield every tensor in file order, one at a time."""
         for name in self.headers:
             yield name, self.tensor(name)
+
+
+class RankCheckpoint:
+    """What `shard` laid out for one rank; tensors come as the parts the rank reads."""
+
+    def __init__(self, folder: ShardedFolder, plan: Plan, rank: int) -> None:
+        self.path, self.config = folder.path, folder.config
+        self.headers: Mapping[str, TensorHeader] = folder.rank_headers(plan, rank)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            CheckpointError: the rank does not hold it, or it is a scale that is not a number.
+        """
+        header = self.headers.get(name)
+        if header is None:
+            raise CheckpointError(f"{self.path}: no tensor {name} for this rank")
+        return read_tensor(header)
 
 
 def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:

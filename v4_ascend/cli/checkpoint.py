@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,26 +28,49 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or what shard made of one")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything: checksums, and values")
+    ] = False,
+    diff: Annotated[
+        Path | None, typer.Option("--diff", help="another checkpoint: what differs, by tensor")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
-    """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says."""
-    from v4_ascend.checkpoint.folder import CheckpointFolder
-    from v4_ascend.cli.inspection import facts, print_inspection
+    """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says.
 
+    With --verify or --diff, everything is read; exit 1 on damage or a difference.
+    """
+    if verify and diff is not None:
+        raise ConfigError("inspect", "give either --verify or --diff")
     try:
-        found = CheckpointFolder(checkpoint)
+        data, problems, told = _inspected(checkpoint, verify, diff)
     except V4AscendError as e:
         if not as_json:
             raise
         _echo_json(None, (str(e),))
         raise typer.Exit(e.exit_code) from e
-    config, report = found.config, found.check()
     if as_json:
-        _echo_json(facts(config, report), report.problems)
+        _echo_json(data, problems)
     else:
-        print_inspection(checkpoint, config, report)
-    raise typer.Exit(1 if report.problems else 0)
+        told()
+    raise typer.Exit(1 if problems else 0)
+
+
+def _inspected(
+    path: Path, verify: bool, diff: Path | None
+) -> tuple[dict[str, object], tuple[str, ...], Callable[[], None]]:
+    """Return data and problems, and what prints both."""
+    from v4_ascend.checkpoint.folder import CheckpointFolder
+    from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
+    from v4_ascend.cli import inspection
+
+    if diff is not None:
+        return inspection.compared(CheckpointFolder(path), CheckpointFolder(diff))
+    found = open_folder(path)
+    if isinstance(found, ShardedFolder):
+        return inspection.of_sharded(found, verify=verify)
+    return inspection.of_checkpoint(found, verify=verify)
 
 
 def _echo_json(data: dict[str, object] | None, problems: tuple[str, ...]) -> None:
