@@ -25,9 +25,9 @@ def differences(
         CheckpointError: a file became shorter.
         OSError: a file cannot be read.
     """
-    for name in a.headers.keys() - b.headers.keys():
+    for name in sorted(a.headers.keys() - b.headers.keys()):
         yield f"{name}: only in {a.path}"
-    for name in b.headers.keys() - a.headers.keys():
+    for name in sorted(b.headers.keys() - a.headers.keys()):
         yield f"{name}: only in {b.path}"
     for name, one in a.headers.items():
         other = b.headers.get(name)
