@@ -21,6 +21,9 @@ from v4_ascend.checkpoint.manifest import read_record
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.checkpoint.sharded import ShardedFolder
+from v4_ascend.checkpoint.sparse import write_sparse
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.presets import preset_path
 from v4_ascend.errors import CheckpointError, ConfigError, ShardError
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
@@ -148,21 +151,42 @@ def test_linked_files_take_no_space_and_others_are_copied(tmp_path, checkpoint):
     )
 
 
-def test_the_command_needs_no_torch_and_little_memory(tmp_path, checkpoint):
+def peak_of_command(*args):
+    """Run a command; return whether it loaded torch, and the most memory it had, in bytes."""
     code = (
-        "import resource, sys\n"
+        "import pathlib, re, sys\n"
         "from v4_ascend.cli.app import app\n"
         "app(sys.argv[1:], standalone_mode=False)\n"
-        "print('torch' in sys.modules, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "status = pathlib.Path('/proc/self/status').read_text()\n"
+        "print('torch' in sys.modules, re.search(r'VmHWM:\\s*(\\d+)', status)[1])\n"
     )
-    make_plan(checkpoint, LAYOUTS["ep2"]).write(tmp_path / "plan.json")
-    args = [str(checkpoint), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "shard", *args], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     has_torch, kib = done.stdout.split()[-2:]
-    assert has_torch == "False"
-    assert int(kib) < 200 * 1024
+    return has_torch == "True", int(kib) * 1024
+
+
+def test_the_command_needs_no_torch_and_little_memory(tmp_path, checkpoint):
+    make_plan(checkpoint, LAYOUTS["ep2"]).write(tmp_path / "plan.json")
+    has_torch, peak = peak_of_command(
+        "shard", checkpoint, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"
+    )
+    assert not has_torch
+    assert peak < 150 * 2**20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    config = ModelConfig.read(preset_path("ascend-slice"))
+    config = config.model_copy(update={"n_routed_experts": 64})
+    write_sparse(config, tmp_path / "c")
+    nbytes = sum(f.stat().st_size for f in (tmp_path / "c").glob("*.safetensors"))
+    assert nbytes > 3 * 2**30
+    make_plan(tmp_path / "c", LAYOUTS["tp4-ep4"]).write(tmp_path / "plan.json")
+    args = (tmp_path / "c", "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
+    _, peak = peak_of_command("shard", *args, "--workers", 8)
+    assert peak < 200 * 2**20  # promised: 1 GiB and the largest tensor
+    shutil.rmtree(tmp_path / "out")
 
 
 def files_of(folder):

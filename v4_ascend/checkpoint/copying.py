@@ -85,6 +85,8 @@ def link_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
         header = os.pread(files.open(real), data, 0)
     finally:
         files.close()
+    # A rename between two names of one file does nothing: both would stay.
+    (out / file.name).unlink(missing_ok=True)
     os.link(real, half)
     os.replace(half, out / file.name)
     return _file_record(file, folder.headers[file.held[-1].spec.name].end, header, records)
