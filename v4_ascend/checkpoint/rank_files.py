@@ -15,7 +15,9 @@ from v4_ascend.supernode.holdings import Held, holdings
 from v4_ascend.supernode.plan import Plan
 
 ALIGNMENT = 4096  # of the data: a page, and what direct I/O asks for
-MAX_FILE_BYTES = 8 * 10**9  # a rank's files are this long at most, unless one tensor is longer
+# A rank's files are this long at most, unless one tensor is longer: workers share a large rank, and
+# what is lost by a kill is little.
+MAX_FILE_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)

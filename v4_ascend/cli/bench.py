@@ -68,9 +68,7 @@ def decode_command(
 def shard_command(
     checkpoint: CheckpointOption,
     plan: Annotated[Path, typer.Option(help="plan.json")],
-    scratch: Annotated[
-        Path, typer.Option(help="folder on the disk in question, for twice the size")
-    ],
+    scratch: Annotated[Path, typer.Option(help="folder on the disk to time, for two copies")],
     rounds: Rounds = 3,
     workers: Annotated[int | None, typer.Option(min=1, help="as shard --workers")] = None,
     as_json: Json = False,
