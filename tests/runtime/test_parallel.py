@@ -11,6 +11,8 @@ import pytest
 import torch
 from layouts import LAYOUTS, make_plan, write_tiny
 
+from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig
@@ -142,4 +144,15 @@ def test_layouts_of_up_to_4_ranks_compute_what_one_process_computes(tmp_path, ch
 def test_layouts_of_8_ranks_compute_what_one_process_computes(tmp_path, checkpoint):
     plans = {n: make_plan(checkpoint, LAYOUTS[n], kernels="reference") for n in WIDE}
     cases = run_ranks(tmp_path, plans, 8, timeout=500)
+    check(tmp_path, checkpoint, plans, cases)
+
+
+def test_ranks_that_load_their_own_files_compute_the_same(tmp_path, checkpoint):
+    names, out = ["pp2-tp2-ep2", "ep4-copies"], tmp_path / "sharded"
+    plans = {}
+    for name in names:
+        plan = make_plan(checkpoint, LAYOUTS[name], kernels="reference")
+        Sharding(CheckpointFolder(checkpoint), plan).run(out / name)
+        plans[name] = plan.model_copy(update={"checkpoint": str(out / name)})
+    cases = run_ranks(tmp_path, plans, 4)
     check(tmp_path, checkpoint, plans, cases)
