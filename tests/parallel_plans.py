@@ -11,39 +11,10 @@ import torch
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
-from v4_ascend.config.topology import ParallelConfig, load_topology
-from v4_ascend.supernode.experts import place_layer
-from v4_ascend.supernode.plan import Rank, plan_of
-from v4_ascend.supernode.stages import balance
 
 SCRIPT = Path(__file__).with_name("runtime") / "parallel_ranks.py"
 TINY = ModelConfig.read(preset_path("tiny"))
 RAGGED = ((90, 3), (7, 50), (1, 1), (1, 0), (33, 1), (0, 0), (1, 1))  # tokens of each slot
-
-
-def make_plan(checkpoint, layout, **changes):
-    p = ParallelConfig(**layout)
-    config = ModelConfig.read(checkpoint)
-    topology = load_topology(
-        "laptop",
-        [f"model.checkpoint={checkpoint}", "serve.max_model_len=256", "runtime.dtype=fp32"],
-    )
-    stages = balance([1.0] * config.n_layers, p.pp_size)
-    share = config.n_routed_experts // p.ep_size
-    ranks = []
-    for rank in range(p.world_size):
-        stage, within = divmod(rank, p.stage_size)
-        first = within % p.ep_size * share
-        ranks.append(
-            Rank(rank=rank, host="here", layers=stages[stage], experts=(first, first + share))
-        )
-    placement = None
-    if p.n_redundant_experts:
-        counts = [100 - 9 * e for e in range(config.n_routed_experts)]
-        placement = (place_layer(counts, p.ep_size, p.n_redundant_experts),) * config.n_layers
-    plan = plan_of(topology, p, tuple(ranks), placement=placement)
-    few = {"quant_sim": "off", "max_batch_size": 2 * p.dp_size, "max_chunk": 96, **changes}
-    return plan.model_copy(update=few)
 
 
 def steps_of(n_dp, ragged=RAGGED):

@@ -2,6 +2,7 @@
 
 V4AscendError                1  the work failed
   CheckpointError            1  a checkpoint is damaged, incomplete or not what its config says
+  ShardError                 1  a checkpoint cannot be laid out for a plan, or not there
   UnsupportedOpError         1  no kernel on this device accepts the call
   KernelRegistrationError    1  two kernels of one name, or one with another signature
   ConfigError                2  a file, option or value is wrong; `where` says the place
@@ -31,6 +32,10 @@ class V4AscendError(Exception):
 
 class CheckpointError(V4AscendError):
     """A checkpoint is damaged, incomplete or not what its config says."""
+
+
+class ShardError(V4AscendError):
+    """A checkpoint cannot be laid out for this plan, or not in this place."""
 
 
 class UnsupportedOpError(V4AscendError):

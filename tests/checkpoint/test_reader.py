@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from v4_ascend.checkpoint.reader import INDEX, Checkpoint
+from v4_ascend.checkpoint.folder import INDEX
+from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path

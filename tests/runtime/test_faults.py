@@ -3,8 +3,8 @@
 import os
 
 import pytest
+from layouts import make_plan
 from test_parallel import checkpoint as checkpoint
-from test_parallel import make_plan
 
 from v4_ascend.errors import ParityError
 from v4_ascend.ops import use_policy

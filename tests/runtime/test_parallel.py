@@ -4,53 +4,24 @@ import json
 
 import pytest
 import torch
-from parallel_plans import make_plan, run_ranks
+from layouts import LAYOUTS, make_plan, write_tiny
+from parallel_plans import run_ranks
 
-from v4_ascend.checkpoint.synthetic import write_synthetic
+from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.holdings import bytes_read, holdings
 
-# Wide enough that TP of 4 splits whole FP8 blocks.
-CHANGES = {"num_attention_heads": 8, "o_groups": 4, "o_lora_rank": 128}
-LAYOUTS = {
-    "ep2": {"dp_size": 2, "ep_size": 2},
-    "ep4": {"dp_size": 4, "ep_size": 4},
-    "dp2": {"dp_size": 2},
-    "pp2": {"pp_size": 2},
-    "pp4": {"pp_size": 4},
-    "tp2": {"tp_size": 2},
-    "tp4-ep4": {"tp_size": 4, "ep_size": 4},
-    "tp2-dsa-ep2": {"tp_size": 2, "ep_size": 2, "dsa_cp": True},
-    "tp4-dsa": {"tp_size": 4, "dsa_cp": True},
-    "cp2-ep2": {"cp_size": 2, "ep_size": 2},
-    "cp4": {"cp_size": 4},
-    "pp2-ep2": {"pp_size": 2, "dp_size": 2, "ep_size": 2},
-    "pp2-tp2-ep2": {"pp_size": 2, "tp_size": 2, "ep_size": 2},
-    "dp2-tp2-ep4": {"dp_size": 2, "tp_size": 2, "ep_size": 4},
-    "cp2-tp2-dsa-ep4": {"cp_size": 2, "tp_size": 2, "ep_size": 4, "dsa_cp": True},
-    "dp2-cp2-ep4": {"dp_size": 2, "cp_size": 2, "ep_size": 4},
-    "ep4-copies": {"dp_size": 4, "ep_size": 4, "n_redundant_experts": 4},
-    "pp2-dp2-tp2-ep4": {"pp_size": 2, "dp_size": 2, "tp_size": 2, "ep_size": 4},
-    "pp2-cp2-tp2-ep2": {"pp_size": 2, "cp_size": 2, "tp_size": 2, "ep_size": 2},
-    "pp6": {"pp_size": 6},  # a hash-routed layer on a later stage
-    "dp8-ep8": {"dp_size": 8, "ep_size": 8},
-}
 WIDE = [name for name, layout in LAYOUTS.items() if ParallelConfig(**layout).world_size > 4]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    raw = json.loads(preset_path("tiny").read_text()) | CHANGES
-    file = tmp_path_factory.mktemp("config") / "config.json"
-    file.write_text(json.dumps(raw))
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    write_synthetic(ModelConfig.read(file), folder, seed=3)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 def alone(checkpoint, steps, dp, kernels):
@@ -109,4 +80,15 @@ def test_layouts_of_up_to_4_ranks_compute_what_one_process_computes(tmp_path, ch
 def test_layouts_of_8_ranks_compute_what_one_process_computes(tmp_path, checkpoint):
     plans = {n: make_plan(checkpoint, LAYOUTS[n], kernels="reference") for n in WIDE}
     cases = run_ranks(tmp_path, plans, 8, timeout=500)
+    check(tmp_path, checkpoint, plans, cases)
+
+
+def test_ranks_that_load_their_own_files_compute_the_same(tmp_path, checkpoint):
+    names, out = ["pp2-tp2-ep2", "ep4-copies"], tmp_path / "sharded"
+    plans = {}
+    for name in names:
+        plan = make_plan(checkpoint, LAYOUTS[name], kernels="reference")
+        Sharding(CheckpointFolder(checkpoint), plan).run(out / name)
+        plans[name] = plan.model_copy(update={"checkpoint": str(out / name)})
+    cases = run_ranks(tmp_path, plans, 4)
     check(tmp_path, checkpoint, plans, cases)

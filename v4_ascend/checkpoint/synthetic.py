@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from v4_ascend.chat.tokenizer import write_byte_tokenizer
-from v4_ascend.checkpoint.reader import INDEX
+from v4_ascend.checkpoint.folder import INDEX
 from v4_ascend.config.inventory import TensorSpec, inventory, n_shards, shard_of
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ConfigError

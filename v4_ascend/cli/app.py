@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import bench, checkpoint, deploy, fit, operators, parity, plan, ranktable
+from v4_ascend.cli import bench, checkpoint, deploy, fit, operators, parity, plan, ranktable, shard
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ parity.register(app)
 plan.register(app)
 fit.register(app)
 ranktable.register(app)
+shard.register(app)
 
 
 def _print_version(wanted: bool) -> None:

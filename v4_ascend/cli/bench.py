@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,44 @@ def decode_command(
 ) -> None:
     """Time one sequence that grows token by token, tokens per second."""
     _run("decode", checkpoint, prompt, tokens, rounds, backend, against, as_json)
+
+
+@bench.command("shard")
+def shard_command(
+    checkpoint: CheckpointOption,
+    plan: Annotated[Path, typer.Option(help="plan.json")],
+    scratch: Annotated[Path, typer.Option(help="folder on the disk to time, for two copies")],
+    rounds: Rounds = 3,
+    workers: Annotated[int | None, typer.Option(min=1, help="as shard --workers")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time shard against cp of the bytes it wrote, on one disk, bytes per second."""
+    from v4_ascend.checkpoint.copy_speed import copy_speed
+    from v4_ascend.checkpoint.folder import CheckpointFolder
+    from v4_ascend.cli.progress import reporter
+    from v4_ascend.supernode.plan import Plan
+
+    n_workers = workers or min(8, os.cpu_count() or 1)
+    with reporter("timing rounds") as progress:
+        best = copy_speed(
+            CheckpointFolder(checkpoint),
+            Plan.read(plan),
+            scratch,
+            rounds=rounds,
+            workers=n_workers,
+            progress=progress,
+        )
+    ways = {"shard": best.shard, "cp": best.cp, "cp and fsync": best.cp_synced}
+    rates = {way: best.nbytes / seconds for way, seconds in ways.items()}
+    if as_json:
+        data = {"what": "shard", "bytes": best.nbytes, "workers": n_workers, "bytes_per_s": rates}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    typer.echo(
+        f"| {best.nbytes:,} bytes, {n_workers} workers | GB/s | shard's ratio |\n|---|---|---|"
+    )
+    for way, rate in rates.items():
+        typer.echo(f"| {way} | {rate / 1e9:.2f} | {rates['shard'] / rate:.2f} |")
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,26 +28,49 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or what shard made of one")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything: checksums, and values")
+    ] = False,
+    diff: Annotated[
+        Path | None, typer.Option("--diff", help="another checkpoint: what differs, by tensor")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
-    """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says."""
-    from v4_ascend.checkpoint.reader import Checkpoint
-    from v4_ascend.cli.inspection import facts, print_inspection
+    """Say what a checkpoint is, from headers alone; exit 1 if it is not what its config says.
 
+    With --verify or --diff, everything is read; exit 1 on damage or a difference.
+    """
+    if verify and diff is not None:
+        raise ConfigError("inspect", "give either --verify or --diff")
     try:
-        found = Checkpoint(checkpoint)
+        data, problems, told = _inspected(checkpoint, verify, diff)
     except V4AscendError as e:
         if not as_json:
             raise
         _echo_json(None, (str(e),))
         raise typer.Exit(e.exit_code) from e
-    config, report = found.config, found.check()
     if as_json:
-        _echo_json(facts(config, report), report.problems)
+        _echo_json(data, problems)
     else:
-        print_inspection(checkpoint, config, report)
-    raise typer.Exit(1 if report.problems else 0)
+        told()
+    raise typer.Exit(1 if problems else 0)
+
+
+def _inspected(
+    path: Path, verify: bool, diff: Path | None
+) -> tuple[dict[str, object], tuple[str, ...], Callable[[], None]]:
+    """Return data and problems, and what prints both."""
+    from v4_ascend.checkpoint.folder import CheckpointFolder
+    from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
+    from v4_ascend.cli import inspection
+
+    if diff is not None:
+        return inspection.compared(CheckpointFolder(path), CheckpointFolder(diff))
+    found = open_folder(path)
+    if isinstance(found, ShardedFolder):
+        return inspection.of_sharded(found, verify=verify)
+    return inspection.of_checkpoint(found, verify=verify)
 
 
 def _echo_json(data: dict[str, object] | None, problems: tuple[str, ...]) -> None:
@@ -61,9 +85,11 @@ def init_command(
     config: Annotated[Path | None, typer.Option(help="a config.json instead of a preset")] = None,
     seed: Annotated[int, typer.Option(help="of the random values")] = 0,
     format: Annotated[Format, typer.Option("--format", help="of the weights")] = Format.fp8,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="true names and sizes, holes for data")
+    ] = False,
 ) -> None:
     """Write a synthetic checkpoint: random values, official names, dtypes and shards."""
-    from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
     from v4_ascend.cli.progress import reporter
     from v4_ascend.config.model import ModelConfig
     from v4_ascend.config.presets import preset_path
@@ -71,6 +97,16 @@ def init_command(
     if (preset is None) == (config is None):
         raise ConfigError("init", "give either --preset or --config")
     path = config if config is not None else preset_path(preset or "")
+    if sparse:
+        from v4_ascend.checkpoint.sparse import write_sparse
+
+        if format is not Format.fp8:
+            raise ConfigError("--sparse", "writes the format of the configuration alone")
+        write_sparse(ModelConfig.read(path), out)
+        typer.echo(f"{out}: sparse {path.stem} checkpoint, every value is zero")
+        return
+    from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
+
     model = in_format(ModelConfig.read(path), format.value)
     with reporter("writing shards") as progress:
         write_synthetic(model, out, seed=seed, progress=progress)

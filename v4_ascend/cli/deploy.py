@@ -35,7 +35,7 @@ def deploy_command(
     ] = None,
 ) -> None:
     """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
-    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
     from v4_ascend.config.topology import load_topology, require_supported
     from v4_ascend.deploy.state import find
     from v4_ascend.runtime.load import resolve_checkpoint
@@ -46,9 +46,11 @@ def deploy_command(
     if emulate is not None:
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
-    checkpoint = Checkpoint(resolve_checkpoint(wanted.model.checkpoint))
+    checkpoint = open_folder(resolve_checkpoint(wanted.model.checkpoint))
     checkpoint.require_complete()
     plan = deploy_plan(wanted, checkpoint.config)
+    if isinstance(checkpoint, ShardedFolder):
+        checkpoint.require_layout(plan)
     if dry_run:
         typer.echo(plan.model_dump_json(indent=2))
         return

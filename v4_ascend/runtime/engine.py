@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 
 from v4_ascend.backends import find_backend
-from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
@@ -20,10 +19,9 @@ from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import sample
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
-from v4_ascend.runtime.load import load_model, resolve_checkpoint, shard_of
+from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
-from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.plan import Plan
 
 CANARY_TOKENS = 140  # crosses the window and both compress ratios
@@ -90,25 +88,18 @@ class Engine:
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
-        checkpoint = Checkpoint(resolve_checkpoint(plan.checkpoint))
+        checkpoint = open_for_rank(resolve_checkpoint(plan.checkpoint), plan, groups.rank)
         config = checkpoint.config
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
-        model = load_model(
-            checkpoint,
-            numerics,
-            with_mtp=False,
-            progress=progress,
-            device=backend.device(),
-            shard=shard_of(plan, groups, config),
-            held=holdings(config, plan, plan.ranks[groups.rank]),
-        )
+        device = backend.device()
+        model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
         return cls(
             model,
             max_batch_size=plan.slots_per_group,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
             records=cache_records(backend, config, numerics, plan.kernels),
-            device=backend.device(),
+            device=device,
             min_page_rows=backend.min_page_rows,
             groups=groups,
         )

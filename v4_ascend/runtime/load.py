@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
+from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
@@ -15,7 +16,7 @@ from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.comm import Groups
 from v4_ascend.supernode.experts import by_number
-from v4_ascend.supernode.holdings import Held, bytes_read
+from v4_ascend.supernode.holdings import Held, bytes_read, holdings
 from v4_ascend.supernode.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -44,16 +45,69 @@ def load_model(
         total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
     else:
         total = bytes_read(held)
+
+    def tensor(name: str) -> torch.Tensor:
+        return checkpoint.tensor(name, held[name].part if held is not None else None)
+
+    source = _counted(tensor, total, progress, device)
+    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
+
+
+def load_rank(
+    checkpoint: Checkpoint | RankCheckpoint,
+    plan: Plan,
+    groups: Groups,
+    numerics: Numerics,
+    *,
+    progress: Progress,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """Read what the plan gives the rank that is in these groups, and nothing else.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    config = checkpoint.config
+    shard = shard_of(plan, groups, config)
+    if isinstance(checkpoint, Checkpoint):
+        return load_model(
+            checkpoint,
+            numerics,
+            with_mtp=False,
+            progress=progress,
+            device=device,
+            shard=shard,
+            held=holdings(config, plan, plan.ranks[groups.rank]),
+        )
+    total = sum(h.nbytes for h in checkpoint.headers.values())
+    source = _counted(checkpoint.tensor, total, progress, device)
+    return Transformer.read(source, config, numerics, with_mtp=False, shard=shard)
+
+
+def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
+    """Open a checkpoint, or the files that `shard` made for this rank of this plan.
+
+    Raises:
+        CheckpointError: it is neither, or was made for another layout.
+    """
+    if is_sharded(path):
+        return RankCheckpoint(ShardedFolder(path), plan, rank)
+    return Checkpoint(path)
+
+
+def _counted(
+    read: Callable[[str], torch.Tensor], total: int, progress: Progress, device: torch.device | str
+) -> Callable[[str], torch.Tensor]:
     done = 0
 
     def source(name: str) -> torch.Tensor:
         nonlocal done
-        tensor = checkpoint.tensor(name, held[name].part if held is not None else None)
+        tensor = read(name)
         done += tensor.nbytes
         progress(done, total)
         return tensor.to(device)
 
-    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
+    return source
 
 
 def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:

@@ -9,7 +9,8 @@ import json
 
 import pytest
 import torch
-from parallel_plans import make_plan, run_ranks
+from layouts import make_plan
+from parallel_plans import run_ranks
 
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig

@@ -1,0 +1,120 @@
+"""`shard`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from v4_ascend.checkpoint.shard import Sharding
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("shard")(shard_command)
+
+
+def shard_command(
+    checkpoint: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
+    plan: Annotated[Path, typer.Option("--plan", help="plan.json, as plan --out writes it")],
+    out: Annotated[Path, typer.Option("--out", help="new folder")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with --out: keep what is whole")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="files at once; default: the cores, 8 at most")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="no copy of a file that goes to one rank as it is")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="sizes and space alone, write nothing")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Lay a checkpoint out for a plan: each rank's tensors in its own files, as it reads them."""
+    from v4_ascend.checkpoint.folder import CheckpointFolder
+    from v4_ascend.checkpoint.shard import Sharding
+    from v4_ascend.cli.progress import byte_reporter
+    from v4_ascend.supernode.plan import Plan
+
+    wanted = Plan.read(plan)
+    folder = CheckpointFolder(checkpoint)
+    folder.require_complete()
+    job = Sharding(folder, wanted, is_linked=link)
+    if dry_run:
+        _tell_sizes(job, out, as_json)
+        return
+    begun = time.perf_counter()
+    with byte_reporter("sharding") as progress:
+        n_workers = workers or min(8, os.cpu_count() or 1)
+        done = job.run(out, resume=resume, workers=n_workers, progress=progress)
+    seconds = time.perf_counter() - begun
+    rate = done.bytes_written / seconds
+    if as_json:
+        data = {
+            "out": str(out),
+            "layout": done.manifest.layout,
+            "source": done.manifest.source.digest,
+            "ranks": done.manifest.n_ranks,
+            "files": len(done.manifest.files),
+            "files_kept": done.n_kept,
+            "bytes_written": done.bytes_written,
+            "seconds": round(seconds, 3),
+            "bytes_per_s": round(rate),
+        }
+        _echo_json("ok", data, [])
+        return
+    kept = f", {done.n_kept} were there and whole" if done.n_kept else ""
+    typer.echo(
+        f"{out}: {done.manifest.n_ranks} ranks, {len(done.manifest.files)} files{kept}; "
+        f"{done.bytes_written:,} bytes written in {seconds:.1f} s, {rate / 1e9:.2f} GB/s"
+    )
+
+
+def _tell_sizes(job: Sharding, out: Path, as_json: bool) -> None:
+    """Print what would be written; exit 1 if the disk is too small for it."""
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+
+    sizes, needed = job.bytes_of_ranks(), job.bytes_to_write
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    problem = (
+        f"{out}: {needed:,} bytes to write, its disk has {free:,} free" if needed > free else None
+    )
+    if as_json:
+        data = {
+            "ranks": sizes,
+            "files": len(job.files),
+            "bytes_in_ranks": sum(sizes),
+            "bytes_to_write": needed,
+            "bytes_free": free,
+        }
+        _echo_json("error" if problem else "ok", data, [problem] if problem else [])
+    else:
+        table = Table("ranks", "bytes each", "bytes")
+        for size, same in groupby(enumerate(sizes), key=lambda r: r[1]):
+            ranks = [n for n, _ in same]
+            name = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            table.add_row(name, f"{size:,}", f"{size * len(ranks):,}")
+        table.add_row("all", "", f"{sum(sizes):,}")
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console.print(table)
+        console.print(f"{len(job.files):,} files; {needed:,} bytes to write, {free:,} free")
+        if problem:
+            console.print(problem, style="red")
+    raise typer.Exit(1 if problem else 0)
+
+
+def _echo_json(status: str, data: dict[str, object], problems: list[str]) -> None:
+    out = {"version": 1, "status": status, "data": data, "diagnostics": problems}
+    typer.echo(json.dumps(out, indent=2))
