@@ -33,6 +33,13 @@ LAYOUTS = {
     "pp2-dp2-tp2-ep4": {"pp_size": 2, "dp_size": 2, "tp_size": 2, "ep_size": 4},
     "pp2-cp2-tp2-ep2": {"pp_size": 2, "cp_size": 2, "tp_size": 2, "ep_size": 2},
     "pp6": {"pp_size": 6},  # a hash-routed layer on a later stage
+    "pp2-dp2-tp2-dsa-ep2": {
+        "pp_size": 2,
+        "dp_size": 2,
+        "tp_size": 2,
+        "ep_size": 2,
+        "dsa_cp": True,
+    },
     "dp8-ep8": {"dp_size": 8, "ep_size": 8},
 }
 

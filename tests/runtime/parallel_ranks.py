@@ -15,6 +15,7 @@ import torch
 
 from v4_ascend import emulation
 from v4_ascend.backends import find_backend
+from v4_ascend.model.resident import resident_bytes
 from v4_ascend.ops import moe_combine, use_policy
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
@@ -41,12 +42,9 @@ def run(plan, rank, steps):
             engine = Engine.load(plan, progress, groups)
             with sums(plan):
                 logits = [on_cpu(engine, step[groups.dp_rank]) for step in steps]
-        weights = {
-            t.data_ptr(): t.numel() for b in engine.model.layers for t in tensors(b.ffn.experts)
-        }
         facts = {
             "read": read,
-            "expert_values": sum(weights.values()),
+            "resident": resident_bytes(engine.model),
             "load": [b.ffn.load.tolist() for b in engine.model.layers],
             "bytes_sent": groups.flight.bytes_sent,
         }
@@ -80,11 +78,6 @@ def emulated_facts(groups):
         "calls": emulation.calls("npu") | emulation.calls("c10d"),
         "device": str(torch.empty(1, device="npu").device),
     }
-
-
-def tensors(experts):
-    for linear in (experts.w13, experts.w2):
-        yield linear.weight
 
 
 def main(folder, rank):

@@ -1,9 +1,13 @@
 """Who is to blame: for a step that does not end, and for values that are not numbers."""
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 from layouts import make_plan
+from parallel_plans import SCRIPT, free_port, steps_of
 from test_parallel import checkpoint as checkpoint
 
 from v4_ascend.errors import ParityError
@@ -88,3 +92,21 @@ def test_values_that_are_not_finite_name_the_stage(checkpoint):
         step = Step(5, [SequenceStep(0, 0, [3, 4], 0, DRAW)])
         with pytest.raises(ParityError, match="rank 0: step 5: layers 0 to 5 made values that"):
             engine.step(step)
+
+
+def test_ranks_of_two_plans_name_both_and_end(checkpoint, tmp_path):
+    plans = [make_plan(checkpoint, {"dp_size": 2}, max_chunk=n) for n in (64, 96)]
+    case = {"port": free_port(), "steps": steps_of(2)}
+    processes = []
+    for rank, plan in enumerate(plans):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        cases = {"mixed": case | {"plan": json.loads(plan.model_dump_json())}}
+        (folder / "cases.json").write_text(json.dumps(cases))
+        command = [sys.executable, str(SCRIPT), str(folder), str(rank)]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    errors = [p.communicate(timeout=60)[1] for p in processes]
+    a, b = (p.digest[:16] for p in plans)
+    for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
+        assert process.returncode == 1
+        assert f"DeployError: rank {rank}: rank 0 has plan {a}, rank 1 has {b}" in error

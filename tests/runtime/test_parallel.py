@@ -1,6 +1,8 @@
 """Any legal layout computes what one process computes, over real processes and gloo."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,15 @@ from layouts import LAYOUTS, make_plan, write_tiny
 from parallel_plans import run_ranks
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig
-from v4_ascend.ops import use_policy
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.resident import resident_bytes
+from v4_ascend.model.shard import Shard
+from v4_ascend.model.transformer import Transformer
+from v4_ascend.ops import Solo, use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.holdings import bytes_read, holdings
@@ -42,7 +49,11 @@ def check(folder, checkpoint, plans, cases):
                 assert (a is None) == (b is None)
                 if a is not None:
                     worst[name] = max(worst.get(name, 0.0), float((a - b).abs().max()))
-        n_tokens = sum(len(c[1]) for step in cases[name]["steps"] for dp in step for c in dp)
+        steps = cases[name]["steps"]
+        n_tokens = [
+            sum(len(c[1]) for step in steps for c in step[dp])
+            for dp in range(plan.parallel.dp_size)
+        ]
         check_facts(folder, checkpoint, name, plan, n_tokens)
     assert {name: error for name, error in worst.items() if not error < 1e-5} == {}
     # Other sizes of products sum in another order; DP and PP alone change none.
@@ -57,13 +68,39 @@ def check_facts(folder, checkpoint, name, plan, n_tokens):
         facts = json.loads((folder / f"{name}-rank{rank.rank}.json").read_text())
         held = holdings(config, plan, rank)
         assert facts["read"] == [bytes_read(held)] * 2
+        check_resident(facts["resident"], held)
+        stage, within = divmod(rank.rank, p.stage_size)
+        if stage < p.pp_size - 1 and p.cp_size == 1:
+            streams = n_tokens[within // p.tp_size] * config.hc_mult * config.dim
+            assert facts["bytes_sent"]["pp"] == 4 * streams
         n_local = (config.n_routed_experts + p.n_redundant_experts) // p.ep_size
-        of_one = 3 * config.dim * config.moe_inter_dim
-        assert facts["expert_values"] == (rank.layers[1] - rank.layers[0]) * n_local * of_one
         for layer, load in enumerate(facts["load"], rank.layers[0]):
             assert len(load) == n_local
             routed[layer] += sum(load)
-    assert routed == [n_tokens * config.n_activated_experts] * config.n_layers
+    assert routed == [sum(n_tokens) * config.n_activated_experts] * config.n_layers
+
+
+def check_resident(nbytes, held):
+    """A rank that widens to fp32 keeps four bytes for each value it holds, and nothing twice."""
+    values = 0
+    for name, h in held.items():
+        if not name.endswith(".scale"):
+            per_value = {"I8": 0.5, "F8_E4M3": 1, "BF16": 2, "F32": 4, "I64": 4}[h.spec.dtype]
+            values += h.nbytes / per_value
+    assert nbytes == pytest.approx(4 * values, rel=0.02)
+
+
+def test_a_rank_with_one_expert_too_many_is_noticed(checkpoint):
+    plan = make_plan(checkpoint, {"dp_size": 2, "ep_size": 2}, kernels="reference")
+    config, reader = ModelConfig.read(checkpoint), Checkpoint(checkpoint)
+    held = holdings(config, plan, plan.ranks[0])
+    source, numerics = reader.tensor, Numerics(dtype=torch.float32, quant_sim=False)
+    for own, is_right in (((0, 1, 2, 3), True), ((0, 1, 2, 3, 4), False)):
+        placed = (own, (4, 5, 6, 7))
+        shard = replace(Shard.whole(config), placement=(placed,) * config.n_layers, ep=Solo())
+        model = Transformer.read(source, config, numerics, with_mtp=False, shard=shard)
+        with nullcontext() if is_right else pytest.raises(AssertionError):
+            check_resident(resident_bytes(model), held)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "fast"])

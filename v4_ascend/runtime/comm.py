@@ -165,7 +165,7 @@ class Groups:
         if self.previous is None:
             raise ValueError("the first stage receives nothing")
         x = torch.empty(*shape, dtype=dtype, device=device)
-        with self.flight.exchange("pp", f"receive from rank {self.previous}", x):
+        with self.flight.exchange("pp", f"receive from rank {self.previous}", x, sends=False):
             dist.recv(_bytes(x), src=self.previous)
         return x
 

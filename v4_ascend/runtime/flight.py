@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,17 +21,20 @@ class Flight:
     step: int = 0
     n_exchanges: int = 0
     waiting: str | None = None
-    bytes_sent: int = 0
+    bytes_sent: Counter[str] = field(default_factory=Counter)  # by group
 
     @contextmanager
-    def exchange(self, group: str, what: str, x: torch.Tensor) -> Iterator[None]:
+    def exchange(
+        self, group: str, what: str, x: torch.Tensor, *, sends: bool = True
+    ) -> Iterator[None]:
         """Note that this rank is in an exchange; one that fails stays noted."""
-        self.count(group, x)
+        self.count(group, x, sends=sends)
         self.waiting = f"step {self.step}: {group} {what} {str(x.dtype)[6:]}{list(x.shape)}"
         yield
         self.waiting = None
 
-    def count(self, group: str, x: torch.Tensor) -> None:
-        """Count what is sent."""
+    def count(self, group: str, x: torch.Tensor, *, sends: bool = True) -> None:
+        """Count an exchange, and what is sent in it."""
         self.n_exchanges += 1
-        self.bytes_sent += x.numel() * x.element_size()
+        if sends:
+            self.bytes_sent[group] += x.numel() * x.element_size()
