@@ -64,7 +64,7 @@ def buffer_bytes(
     n_tokens: int,
 ) -> int:
     """Sum what the communicators of one rank allocate."""
-    if parallel.world_size == 1 or profile.kind == "cpu":
+    if parallel.world_size == 1 or profile.kind == "cpu" or profile.emulated:
         return 0
     if profile.kind == "cuda":
         return NCCL_BYTES * len(communicators(parallel))

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
@@ -7,6 +8,7 @@ from v4_ascend.cli.app import app
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.errors import ConfigError
+from v4_ascend.runtime.bench_ranks import LAYOUTS
 
 
 def _run(*args):
@@ -38,3 +40,15 @@ def test_what_cannot_be_timed_is_refused(tmp_path):
         done = _run("prefill", "--checkpoint", tmp_path / "c", *args)
         assert isinstance(done.exception, ConfigError)
         assert says in str(done.exception)
+
+
+@pytest.mark.slow
+def test_every_layout_of_ranks_is_timed(tmp_path):
+    write_synthetic(
+        in_format(ModelConfig.read(preset_path("tiny")), "fp32"), tmp_path / "c", seed=0
+    )
+    done = _run("ranks", "--checkpoint", tmp_path / "c", "--steps", 2, "--json")
+    assert done.exit_code == 0, done.exception
+    rates = json.loads(done.stdout.splitlines()[-1])["data"]["tokens_per_s"]
+    assert list(rates) == list(LAYOUTS)
+    assert all(rate > 0 for rate in rates.values())

@@ -151,7 +151,7 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
     ("override", "says"),
     [
         ("engine=vllm", "--set engine: engine: not yet"),
-        ("launcher=ssh", "launcher: not yet"),
+        ("launcher=kubernetes", "launcher: not yet"),
         ("emulate=true", "emulate: not yet"),
         ("serve.n_draft_tokens=1", "serve.n_draft_tokens: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),

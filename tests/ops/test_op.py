@@ -130,12 +130,18 @@ def test_weights_are_prepared_for_the_backend_that_will_use_them():
         del rms_norm._preparations["fake"]
 
 
-def test_dispatch_costs_under_three_microseconds(two_kernels):
-    args = _x(3)
-    with use_policy(backend="fake"):
-        calls = 20_000
-        best = min(timeit.repeat(lambda: rms_norm(*args), number=calls, repeat=5)) / calls
-    with use_policy():
-        by_device = min(timeit.repeat(lambda: rms_norm.select(*args), number=calls, repeat=5))
-    assert best < 3e-6
-    assert by_device / calls < 3e-6
+def test_dispatch_costs_less_than_two_small_torch_calls(two_kernels):
+    """In turns with a call of torch's own: what else the machine does slows both."""
+    args, calls = _x(3), 5_000
+    ways = {
+        "torch": (None, lambda: args[0].reshape(-1)),
+        "call": ("fake", lambda: rms_norm(*args)),
+        "select": (None, lambda: rms_norm.select(*args)),
+    }
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(10):
+        for name, (backend, call) in ways.items():
+            with use_policy(backend=backend):
+                best[name] = min(best[name], timeit.timeit(call, number=calls) / calls)
+    assert best["call"] < 2 * best["torch"], best
+    assert best["select"] < 2 * best["torch"], best

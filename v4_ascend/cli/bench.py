@@ -102,6 +102,32 @@ def shard_command(
         typer.echo(f"| {way} | {rate / 1e9:.2f} | {rates['shard'] / rate:.2f} |")
 
 
+@bench.command("ranks")
+def ranks_command(
+    checkpoint: CheckpointOption,
+    steps: Annotated[int, typer.Option(min=1, help="decoded tokens of each sequence")] = 24,
+    as_json: Json = False,
+) -> None:
+    """Time layouts of 1 to 8 processes against one process, tokens per second."""
+    from v4_ascend.cli.progress import reporter
+    from v4_ascend.runtime.bench_ranks import bench_ranks
+
+    with reporter("timing layouts") as progress:
+        speeds = bench_ranks(checkpoint, steps, progress)
+    if as_json:
+        rates = {s.what: s.tokens_per_s for s in speeds}
+        data = {"what": "ranks", "cores": os.cpu_count(), "tokens_per_s": rates}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    typer.echo(f"| layout, {os.cpu_count()} cores | tokens/s | of one process |\n|---|---|---|")
+    for s in speeds:
+        ratio = s.tokens_per_s / speeds[0].tokens_per_s
+        typer.echo(f"| {s.what} | {s.tokens_per_s:,.1f} | {ratio:.2f} |")
+    by_name = {s.what: s.tokens_per_s for s in speeds}
+    gain = by_name["2 stages, two steps on their way"] / by_name["2 stages, one step at a time"]
+    typer.echo(f"| gain of two steps on their way | | {gain:.2f} |")
+
+
 def _run(
     what: str,
     checkpoint: Path,

@@ -168,11 +168,14 @@ def status_command(
     for row in rows if not as_json else ():
         canary = f", canary {row['canary']}" if row.get("canary") else ""
         line = f"{row['name']}: {row['state']}, {row['url']}/v1, model {row['model']}"
+        if "waiting" in row:
+            line += f", {row['running']} requests running, {row['waiting']} waiting"
         reason = f", {row['reason']}" if row.get("reason") else ""
         typer.echo(f"{line}, pid {row['pid']}{canary}{reason}")
         for rank in row.get("ranks", ()):
             state = f"step {rank['step']}" if rank["is_ready"] else "not ready"
             loaded = f"{rank['loaded_bytes'] / 1e6:,.1f} MB read"
+            loaded += f", {rank['resident_bytes'] / 1e6:,.1f} MB of weights"
             typer.echo(f"  {rank['what']}: {loaded}, {state}, pid {rank['pid']}")
 
 

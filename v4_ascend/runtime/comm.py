@@ -169,6 +169,11 @@ class Groups:
             dist.recv(_bytes(x), src=self.previous)
         return x
 
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if dist.is_initialized():
+            dist.barrier()
+
     def send(self, x: torch.Tensor) -> dist.Work | None:
         """Begin to send streams to the next stage; keep `x` until the work is done."""
         if self.following is None:

@@ -201,7 +201,7 @@ class Dispatcher:
             await self.link.send(Start(self._attempt), len(self.watch.ranks))
 
     def _rank_is_ready(self, rank: RankState, message: Ready) -> None:
-        rank.is_ready = True
+        rank.is_ready, rank.resident = True, message.resident_bytes
         n_ready = sum(r.is_ready for r in self.watch.ranks.values())
         if n_ready < self.plan.parallel.world_size:
             return

@@ -290,7 +290,11 @@ def make_app(front: Front) -> FastAPI:
     @app.get("/ready")
     async def ready() -> JSONResponse:
         h = front.dispatcher.health
-        return JSONResponse(h.__dict__, status_code=200 if h.is_ready else 503)
+        queue = {
+            "waiting": front.dispatcher.scheduler.n_waiting,
+            "running": front.dispatcher.scheduler.n_running,
+        }
+        return JSONResponse(h.__dict__ | queue, status_code=200 if h.is_ready else 503)
 
     @app.get("/ranks")
     async def ranks() -> list[dict[str, object]]:

@@ -87,10 +87,11 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Rank to front: loaded and checked."""
+    """Rank to front: loaded and checked, with so many bytes of weights."""
 
     canary: str
     median_relative_error: float
+    resident_bytes: int
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):

@@ -87,6 +87,16 @@ class Scheduler:
         self._number = 0
 
     @property
+    def n_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests with one."""
+        return len(self._running)
+
+    @property
     def n_requests(self) -> int:
         """Requests waiting or running."""
         return len(self._waiting) + len(self._running)

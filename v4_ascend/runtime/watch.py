@@ -31,6 +31,7 @@ class RankState:
     pid: int
     loaded: int = 0
     total: int = 0
+    resident: int = 0
     is_ready: bool = False
     heard: float = 0.0
     moved: float = 0.0
@@ -139,6 +140,7 @@ class Watch:
                     "pid": r.pid,
                     "is_ready": r.is_ready,
                     "loaded_bytes": r.loaded,
+                    "resident_bytes": r.resident,
                     "step": beat.step,
                     "n_exchanges": beat.n_exchanges,
                     "waiting": beat.waiting,

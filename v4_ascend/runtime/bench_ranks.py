@@ -1,0 +1,179 @@
+"""What ranks cost and what overlapping micro-batches gain, on processes of this machine.
+
+``python -m v4_ascend.runtime.bench_ranks FOLDER RANK`` runs one rank of the plans in
+FOLDER/cases.json; `bench_ranks` starts them. Every process has one thread, so that the ratios say
+what splitting costs and not how many cores there are.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.topology import (
+    Cluster,
+    Model,
+    ParallelConfig,
+    Runtime,
+    Serve,
+    Supernode,
+    Topology,
+)
+from v4_ascend.errors import DeployError
+from v4_ascend.ops import use_policy
+from v4_ascend.runtime.comm import Groups, joined
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.kv_cache import Chunk
+from v4_ascend.supernode.plan import Plan
+from v4_ascend.supernode.planning import deploy_plan
+
+N_SEQUENCES = 16
+PROMPT = 32
+# The first is what the others are compared with. PP with one step at a time shows what overlap
+# gains: it is the same work, each step waiting for the one before to leave the last stage.
+LAYOUTS = {
+    "1 process": ParallelConfig(),
+    "2 ranks, ep 2": ParallelConfig(dp_size=2, ep_size=2),
+    "4 ranks, ep 4": ParallelConfig(dp_size=4, ep_size=4),
+    "8 ranks, ep 8": ParallelConfig(dp_size=8, ep_size=8),
+    "2 ranks, tp 2": ParallelConfig(tp_size=2, ep_size=2),
+    "2 stages, one step at a time": ParallelConfig(pp_size=2),
+    "2 stages, two steps on their way": ParallelConfig(pp_size=2),
+}
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One line of the table: how a plan is driven."""
+
+    plan: str
+    port: int
+    n_batches: int
+    waits: bool
+    n_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpeed:
+    """Decoded tokens per second of all sequences together, and the ranks that did it."""
+
+    what: str
+    n_ranks: int
+    tokens_per_s: float
+
+
+def bench_ranks(
+    checkpoint: Path, n_steps: int, progress: Callable[[int, int], None]
+) -> list[RankSpeed]:
+    """Time every layout in turn.
+
+    Raises:
+        DeployError: a rank failed; the message has the end of what it wrote.
+        ConfigError: the checkpoint's experts or heads cannot be split so.
+    """
+    config = ModelConfig.read(checkpoint)
+    speeds = []
+    with tempfile.TemporaryDirectory() as name:
+        for number, (what, layout) in enumerate(LAYOUTS.items()):
+            plan = _plan(checkpoint, config, layout, PROMPT + n_steps)
+            n_batches = 2 if layout.pp_size > 1 else 1
+            waits = what.endswith("one step at a time")
+            case = Case(plan.model_dump_json(), _free_port(), n_batches, waits, n_steps)
+            seconds = _time(Path(name), case, layout.world_size)
+            rate = N_SEQUENCES * n_steps / seconds
+            speeds.append(RankSpeed(what, layout.world_size, rate))
+            progress(number + 1, len(LAYOUTS))
+    return speeds
+
+
+def _plan(checkpoint: Path, config: ModelConfig, layout: ParallelConfig, length: int) -> Plan:
+    here = Supernode(name="here", hosts=("localhost",), devices_per_host=layout.world_size)
+    topology = Topology(
+        name="bench",
+        cluster=Cluster(device="cpu", supernodes=(here,)),
+        model=Model(checkpoint=str(checkpoint.absolute()), name="bench"),
+        serve=Serve(max_model_len=max(length, 128), concurrency=N_SEQUENCES),
+        layout=layout,
+        runtime=Runtime(max_chunk=PROMPT * N_SEQUENCES),
+    )
+    return deploy_plan(topology, config)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _time(folder: Path, case: Case, n_ranks: int) -> float:
+    (folder / "case.json").write_bytes(msgspec.json.encode(case))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", __name__, str(folder)]
+    ranks = [
+        subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, env=env)
+        for r in range(n_ranks)
+    ]
+    try:
+        errors = [r.communicate()[1] for r in ranks]
+    finally:
+        for r in ranks:
+            r.kill()
+            r.wait()
+    for number, (rank, error) in enumerate(zip(ranks, errors, strict=True)):
+        if rank.returncode:
+            raise DeployError(f"rank {number}: {error.decode()[-500:]}")
+    return float((folder / "seconds").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Run one rank."""
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    case = msgspec.json.decode((folder / "case.json").read_bytes(), type=Case)
+    plan = Plan.model_validate_json(case.plan)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case.port)}
+    torch.set_num_threads(1)
+    with joined(plan, rank, torch.device("cpu"), Flight()) as groups, use_policy(backend="cpu"):
+        engine = Engine.load(
+            plan, lambda done, total: None, groups if plan.parallel.world_size > 1 else None
+        )
+        seconds = _decode(engine, groups, case)
+    if rank == 0:
+        (folder / "seconds").write_text(str(seconds), encoding="utf-8")
+
+
+def _decode(engine: Engine, groups: Groups, case: Case) -> float:
+    """Fill the caches, then time decoding, micro-batch after micro-batch."""
+    slots = list(range(engine.n_slots))
+    size = len(slots) // case.n_batches
+    batches = [slots[i * size : (i + 1) * size] for i in range(case.n_batches)]
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, engine.config.vocab_size, (PROMPT + case.n_steps,), generator=g).tolist()
+
+    def run(start: int, tokens: Sequence[int]) -> None:
+        for batch in batches:
+            engine.logits([Chunk(slot, list(tokens), start) for slot in batch])
+            if case.waits:
+                groups.barrier()
+
+    run(0, ids[:PROMPT])
+    groups.barrier()
+    began = time.perf_counter()
+    for step in range(case.n_steps):
+        run(PROMPT + step, ids[PROMPT + step : PROMPT + step + 1])
+    groups.barrier()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
