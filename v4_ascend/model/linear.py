@@ -88,17 +88,26 @@ class GroupedLinear:
     def read(
         cls, source: Source, names: list[tuple[str, ...]], numerics: Numerics
     ) -> GroupedLinear:
-        """Stack experts; the parts of one expert are joined along its outputs."""
-        parts = [[Linear.read_raw(source, name, numerics) for name in expert] for expert in names]
-        weight = torch.stack([torch.cat([_raw(p.weight) for p in e]) for e in parts])
-        first = parts[0][0]
-        weight = weight.view(first.weight.dtype)
-        if first.scale is None:
-            return cls(weight, None, numerics.dtype)
-        scales = [[p.scale for p in e if p.scale is not None] for e in parts]
-        joined = torch.stack([torch.cat([_raw(s) for s in e]) for e in scales])
-        scale = joined.view(first.scale.dtype)
-        grouped_gemm.prepare(weight, scale)
+        """Stack experts; the parts of one expert are joined along its outputs.
+
+        An expert is let go before the next one is read: beside the stack there is never more.
+        """
+        weight = scale = None
+
+        def place(number: int) -> None:
+            nonlocal weight, scale
+            parts = [Linear.read_raw(source, name, numerics) for name in names[number]]
+            weight = _placed(weight, number, len(names), [p.weight for p in parts])
+            if parts[0].scale is not None:
+                scales = [p.scale for p in parts if p.scale is not None]
+                scale = _placed(scale, number, len(names), scales)
+
+        for number in range(len(names)):
+            place(number)
+        if weight is None:
+            raise ValueError("no experts to read")
+        if scale is not None:
+            grouped_gemm.prepare(weight, scale)
         return cls(weight, scale, numerics.dtype)
 
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
@@ -107,6 +116,21 @@ class GroupedLinear:
             return grouped_gemm(x, None, self.weight, None, group_sizes, self.dtype)
         values, scales = act_quant(x, ACT_GROUP)
         return grouped_gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
+
+
+def _placed(
+    stack: torch.Tensor | None, number: int, count: int, parts: list[torch.Tensor]
+) -> torch.Tensor:
+    """Write one expert, its parts joined, to its place of `count` in the stack."""
+    if stack is None:
+        rows = sum(len(p) for p in parts)
+        stack = parts[0].new_empty(count, rows, *parts[0].shape[1:])
+    place = _raw(stack)[number]
+    first = 0
+    for part in parts:
+        place[first : first + len(part)] = _raw(part)
+        first += len(part)
+    return stack
 
 
 def _raw(x: torch.Tensor) -> torch.Tensor:
