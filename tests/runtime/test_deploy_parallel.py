@@ -12,6 +12,7 @@ from test_deploy import ASK, Box, _of, _workers, free_port, wait_for
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
+from v4_ascend.deploy.logs import Logs
 from v4_ascend.supernode.experts import ExpertLoad
 
 TINY = ModelConfig.read(preset_path("tiny"))
@@ -131,6 +132,28 @@ def test_a_deployment_that_another_process_is_starting_is_left_alone(box):
         done = box.run("deploy", "--topology", box.topology, "--port", free_port())
     assert (done.returncode, done.stdout) == (6, "")
     assert "laptop: another process is deploying it" in done.stderr
+
+
+def test_logs_of_one_rank_and_as_they_are_written(box, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(box.folder / "state"))
+    options = ("--set", LAYOUT, "--set", DEVICES, "--dry-run")
+    plan = box.run("deploy", "--topology", box.topology, *options, "--set", "name=logged").stdout
+    folder = box.folder / "state/v4-ascend/logged"
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(plan)
+    (folder / "ranks.log").write_text("[0]: from rank 0\n[3]: from rank 3\ntorchrun's own\n[3]: ha")
+    assert box.run("logs", "logged", "--rank", 3).stdout == "rank 3: from rank 3\n"
+    logs = Logs("logged")
+    assert list(logs.lines()) == [
+        "rank 0: from rank 0",
+        "rank 3: from rank 3",
+        "ranks: torchrun's own",
+    ]
+    with (folder / "ranks.log").open("a") as f:
+        f.write("lf a line\n")
+    assert list(logs.follow()) == ["rank 3: half a line"]
+    wrong = box.run("logs", "logged", "--rank", 4)
+    assert (wrong.returncode, "--rank: 4; logged has ranks 0 to 3" in wrong.stderr) == (2, True)
 
 
 @pytest.mark.slow

@@ -182,12 +182,15 @@ def status_command(
 def logs_command(
     name: Annotated[str, typer.Argument(help="a deployment")],
     rank: Annotated[int | None, typer.Option(help="of one rank alone")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="go on until the deployment ends")
+    ] = False,
 ) -> None:
     """Print the logs of a deployment's processes."""
-    from v4_ascend.deploy.logs import lines_of
-    from v4_ascend.deploy.state import state_root
+    from v4_ascend.deploy.logs import Logs
 
-    for line in lines_of(state_root() / name, name, rank):
+    logs = Logs(name, rank)
+    for line in logs.follow() if follow else logs.lines():
         typer.echo(line)
 
 

@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from v4_ascend.deploy.state import find, state_root
 from v4_ascend.deploy.torchrun import hosts_of
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.plan import Plan
 
 FROM_RANK = re.compile(r"^\[(\d+)\]: ?(.*)$")  # torchrun's prefix, see `torchrun`
+POLL_SECONDS = 0.2
 
 
-def lines_of(folder: Path, name: str, rank: int | None = None) -> Iterator[str]:
-    """Yield the lines of all processes, or of one rank.
+class Logs:
+    """The logs of all processes of a deployment, or of one rank; each line is given once."""
 
-    Raises:
-        ConfigError: there are no logs, or no such rank.
-    """
-    files = sorted(folder.glob("*.log"))
-    if not files:
-        raise ConfigError(name, "no logs; v4-ascend status lists what runs")
-    plan = Plan.read(folder / "plan.json")
-    if rank is not None and not 0 <= rank < len(plan.ranks):
-        raise ConfigError("--rank", f"{rank}; {name} has ranks 0 to {len(plan.ranks) - 1}")
-    hosts = hosts_of(plan)
-    for file in files:
-        kind, _, host = file.stem.partition("-")
-        of_host = [r.rank for r in plan.ranks if r.host == (host or hosts[0])]
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            match = FROM_RANK.match(line) if kind == "ranks" else None
-            if match is None:
-                writer, text = file.stem, line
-            else:
-                writer, text = f"rank {of_host[int(match[1])]}", match[2]
-            if rank is None or writer == f"rank {rank}":
-                yield f"{writer}: {text}"
+    def __init__(self, name: str, rank: int | None = None) -> None:
+        """Find them.
+
+        Raises:
+            ConfigError: there are no logs, or no such rank.
+        """
+        self._name, self._rank = name, rank
+        self._folder = state_root() / name
+        self._read: dict[Path, int] = {}
+        if not any(self._folder.glob("*.log")):
+            raise ConfigError(name, "no logs; v4-ascend status lists what runs")
+        self._plan = Plan.read(self._folder / "plan.json")
+        n_ranks = len(self._plan.ranks)
+        if rank is not None and not 0 <= rank < n_ranks:
+            raise ConfigError("--rank", f"{rank}; {name} has ranks 0 to {n_ranks - 1}")
+
+    def lines(self) -> Iterator[str]:
+        """Yield what has been written since the last call."""
+        for file in sorted(self._folder.glob("*.log")):
+            kind, _, host = file.stem.partition("-")
+            ranks = self._of_host(host) if kind == "ranks" else []
+            for line in self._new(file):
+                match = FROM_RANK.match(line) if ranks else None
+                writer = f"rank {ranks[int(match[1])]}" if match else file.stem
+                if self._rank is None or writer == f"rank {self._rank}":
+                    yield f"{writer}: {match[2] if match else line}"
+
+    def follow(self) -> Iterator[str]:
+        """Yield lines as they are written, until the deployment ends."""
+        while True:
+            is_running = find(self._name) is not None
+            yield from self.lines()
+            if not is_running:
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _of_host(self, host: str) -> list[int]:
+        name = host or hosts_of(self._plan)[0]
+        return [r.rank for r in self._plan.ranks if r.host == name]
+
+    def _new(self, file: Path) -> list[str]:
+        """Return the file's new whole lines; a file that is shorter than it was is a new one."""
+        start = self._read.get(file, 0)
+        with file.open("rb") as f:
+            if f.seek(0, 2) < start:
+                start = 0
+            f.seek(start)
+            data = f.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read[file] = start + len(whole)
+        return whole.decode(errors="replace").splitlines()
