@@ -3,6 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.cli.app import app
 from v4_ascend.config.model import ModelConfig
@@ -52,3 +53,17 @@ def test_every_layout_of_ranks_is_timed(tmp_path):
     rates = json.loads(done.stdout.splitlines()[-1])["data"]["tokens_per_s"]
     assert list(rates) == list(LAYOUTS)
     assert all(rate > 0 for rate in rates.values())
+
+
+def test_loading_is_timed_against_the_files(tmp_path):
+    config = ModelConfig.read(preset_path("tiny"))
+    write_synthetic(config, tmp_path / "c", seed=0)
+    done = _run("load", "--checkpoint", tmp_path / "c", "--rounds", 1)
+    assert done.exit_code == 0, done.exception
+    assert "| tensors | " in done.stdout
+    assert "bytes, cold | GB/s | ratio to raw |" in done.stdout
+    found = json.loads(
+        _run("load", "--checkpoint", tmp_path / "c", "--rounds", 1, "--warm", "--json").stdout
+    )["data"]
+    assert found["bytes"] == sum(h.nbytes for h in Checkpoint(tmp_path / "c").headers.values())
+    assert all(rate > 0 for rate in found["bytes_per_s"].values())

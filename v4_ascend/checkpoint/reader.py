@@ -79,15 +79,14 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
     if not header.nbytes:
         return torch.empty(header.shape, dtype=dtype)
     # Plain reads: one copy, no alignment to mind, no mapped pages that outlive the load.
-    buffer = bytearray(header.nbytes // (part.count if part else 1))
-    into = memoryview(buffer)
+    # Memory is not cleared before: that would take as long as the read.
+    data = torch.empty(header.nbytes // (part.count if part else 1), dtype=torch.uint8)
+    into = memoryview(data.numpy())
     with header.file.open("rb", buffering=0) as f:
         for at, size in pieces(header, part):
             read_into(f.fileno(), header, at, into[:size])
             into = into[size:]
-    tensor = torch.frombuffer(buffer, dtype=dtype).view(
-        part.shape(header.shape) if part else header.shape
-    )
+    tensor = data.view(dtype).view(part.shape(header.shape) if part else header.shape)
     if header.name.endswith(".scale"):
         _check_scale(header, tensor)
     return tensor

@@ -102,6 +102,36 @@ def shard_command(
         typer.echo(f"| {way} | {rate / 1e9:.2f} | {rates['shard'] / rate:.2f} |")
 
 
+@bench.command("load")
+def load_command(
+    checkpoint: CheckpointOption,
+    rounds: Rounds = 3,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="leave the files in the page cache between reads")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Time reading every tensor against reading the files, bytes per second."""
+    from v4_ascend.checkpoint.load_speed import load_speed
+    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.cli.progress import reporter
+
+    with reporter("timing rounds") as progress:
+        best = load_speed(
+            Checkpoint(checkpoint), rounds=rounds, is_cold=not warm, progress=progress
+        )
+    ways = {"tensors": best.tensors, "raw read": best.raw}
+    rates = {way: best.nbytes / seconds for way, seconds in ways.items()}
+    if as_json:
+        data = {"what": "load", "bytes": best.nbytes, "warm": warm, "bytes_per_s": rates}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    state = "warm" if warm else "cold"
+    typer.echo(f"| {best.nbytes:,} bytes, {state} | GB/s | ratio to raw |\n|---|---|---|")
+    for way, rate in rates.items():
+        typer.echo(f"| {way} | {rate / 1e9:.2f} | {rate / rates['raw read']:.2f} |")
+
+
 @bench.command("ranks")
 def ranks_command(
     checkpoint: CheckpointOption,
