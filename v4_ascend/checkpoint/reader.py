@@ -81,7 +81,7 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
     # Plain reads: one copy, no alignment to mind, no mapped pages that outlive the load.
     # Memory is not cleared before: that would take as long as the read.
     data = torch.empty(header.nbytes // (part.count if part else 1), dtype=torch.uint8)
-    into = memoryview(data.numpy())
+    into = data.numpy().data
     with header.file.open("rb", buffering=0) as f:
         for at, size in pieces(header, part):
             read_into(f.fileno(), header, at, into[:size])
