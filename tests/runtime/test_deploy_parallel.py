@@ -152,6 +152,10 @@ def test_logs_of_one_rank_and_as_they_are_written(box, monkeypatch):
     with (folder / "ranks.log").open("a") as f:
         f.write("lf a line\n")
     assert list(logs.follow()) == ["rank 3: half a line"]
+    refused = box.folder / "state/v4-ascend/refused"  # before there was a plan
+    refused.mkdir()
+    (refused / "supervisor.log").write_text("error: port 80\n")
+    assert list(Logs("refused").lines()) == ["supervisor: error: port 80"]
     wrong = box.run("logs", "logged", "--rank", 4)
     assert (wrong.returncode, "--rank: 4; logged has ranks 0 to 3" in wrong.stderr) == (2, True)
 

@@ -103,7 +103,8 @@ class Deployment:
         """Leave nothing of an earlier run that could be taken for this one's."""
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
             (self.folder / log).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "torchrun", ignore_errors=True)
+        if (old := self.folder / "torchrun").exists():
+            shutil.rmtree(old)
         self.plan.write(self.folder / "plan.json")
 
     def _start(

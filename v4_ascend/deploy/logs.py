@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from v4_ascend.deploy.state import find, state_root
-from v4_ascend.deploy.torchrun import hosts_of
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.plan import Plan
 
@@ -30,8 +29,11 @@ class Logs:
         self._read: dict[Path, int] = {}
         if not any(self._folder.glob("*.log")):
             raise ConfigError(name, "no logs; v4-ascend status lists what runs")
-        self._plan = Plan.read(self._folder / "plan.json")
-        n_ranks = len(self._plan.ranks)
+        file = self._folder / "plan.json"  # not there if nothing was ever started
+        self._ranks = Plan.read(file).ranks if file.exists() else ()
+        n_ranks = len(self._ranks)
+        if rank is not None and not self._ranks:
+            raise ConfigError("--rank", f"{rank}; {name} has not started any")
         if rank is not None and not 0 <= rank < n_ranks:
             raise ConfigError("--rank", f"{rank}; {name} has ranks 0 to {n_ranks - 1}")
 
@@ -56,8 +58,8 @@ class Logs:
             time.sleep(POLL_SECONDS)
 
     def _of_host(self, host: str) -> list[int]:
-        name = host or hosts_of(self._plan)[0]
-        return [r.rank for r in self._plan.ranks if r.host == name]
+        name = host or self._ranks[0].host
+        return [r.rank for r in self._ranks if r.host == name]
 
     def _new(self, file: Path) -> list[str]:
         """Return the file's new whole lines; a file that is shorter than it was is a new one."""
