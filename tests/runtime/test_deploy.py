@@ -241,6 +241,29 @@ def test_ctrl_c_lets_a_running_answer_finish(box, tmp_path):
         process.wait()
 
 
+def test_what_does_not_end_in_the_drain_timeout_is_told_so(box, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", str(box.topology)]
+    command += ["--set", "name=hasty", "--port", str(port), "--drain-timeout", "0.3"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, env=box.env, stderr=out)
+    try:
+        wait_for(lambda: "ready: " in (tmp_path / "out").read_text())
+        body = ASK | {"stream": True, "max_tokens": 1000, "seed": 1}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            (last,) = [line for line in lines if "error" in line]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["message"] == "stopped; 0.3 s for the rest are over"
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _refusal(url):
     answer = httpx.post(url, json=ASK | {"max_tokens": 1}, timeout=60)
     return answer if answer.status_code != 200 else None

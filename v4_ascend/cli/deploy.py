@@ -30,6 +30,9 @@ def deploy_command(
         bool, typer.Option("--dry-run", help="print the plan, start nothing")
     ] = False,
     timeout: Annotated[float, typer.Option(help="seconds until it must be ready")] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="seconds that running requests have to end when stopped")
+    ] = 30.0,
     emulate: Annotated[
         int | None, typer.Option(help="run its layout here, on as many processes, tiny model")
     ] = None,
@@ -63,14 +66,19 @@ def deploy_command(
         typer.echo(f"{plan.name} runs already: {found.url}/v1")
         return
     if detach:
-        _detach(topology, overrides, plan.name, timeout, emulate)
+        options = {"--timeout": timeout, "--drain-timeout": drain_timeout, "--emulate": emulate}
+        _detach(topology, overrides, plan.name, options)
         return
     from v4_ascend.backends import find_backend
     from v4_ascend.deploy.deployment import Deployment
 
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
-    Deployment(plan, lambda line: typer.echo(f"{plan.name}: {line}", err=True)).run(timeout)
+
+    def report(line: str) -> None:
+        typer.echo(f"{plan.name}: {line}", err=True)
+
+    Deployment(plan, report, drain_timeout).run(timeout)
 
 
 def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
@@ -101,7 +109,7 @@ def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
 
 
 def _detach(
-    topology: str, overrides: list[str], name: str, timeout: float, emulate: int | None
+    topology: str, overrides: list[str], name: str, options: dict[str, float | None]
 ) -> None:
     """Start ourselves in a session of our own and follow until ready or ended."""
     import subprocess
@@ -114,8 +122,9 @@ def _detach(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = folder / "supervisor.log"
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", topology]
-    command += [a for o in overrides for a in ("--set", o)] + ["--timeout", str(timeout)]
-    command += ["--emulate", str(emulate)] if emulate is not None else []
+    command += [a for o in overrides for a in ("--set", o)]
+    for option, value in options.items():
+        command += [option, str(value)] if value is not None else []
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -124,6 +133,7 @@ def _detach(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    timeout = options["--timeout"] or 0.0
     shown, deadline = 0, time.monotonic() + timeout + 60
     while time.monotonic() < deadline:
         ended = process.poll()

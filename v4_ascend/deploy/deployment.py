@@ -25,7 +25,6 @@ from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
 from v4_ascend.deploy.torchrun import Meeting, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
-from v4_ascend.runtime.draining import DRAIN_SECONDS
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
 
@@ -40,8 +39,8 @@ Report = Callable[[str], None]
 class Deployment:
     """One deployment's processes. Whatever happens, none outlives `run`."""
 
-    def __init__(self, plan: Plan, report: Report) -> None:
-        self.plan, self.report = plan, report
+    def __init__(self, plan: Plan, report: Report, drain_s: float) -> None:
+        self.plan, self.report, self.drain_s = plan, report, drain_s
         self.folder = state_root() / plan.name
         self.url = f"http://{plan.host}:{plan.port}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -64,7 +63,7 @@ class Deployment:
             command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
             try:
                 self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
-                                      str(self.folder)])  # fmt: skip
+                                      str(self.folder), str(self.drain_s)])  # fmt: skip
                 self._wait_for_link(timeout_s)
                 if not self._signals:
                     self._start("ranks", command, env)
@@ -208,7 +207,7 @@ class Deployment:
         """Let the front drain, then end the ranks; kill what does not listen."""
         before = self._signals
         ranks = [n for n in self._processes if n != "front"]
-        for names, patience in ((["front"], DRAIN_SECONDS + KILL_SECONDS), (ranks, KILL_SECONDS)):
+        for names, patience in ((["front"], self.drain_s + KILL_SECONDS), (ranks, KILL_SECONDS)):
             processes = [self._processes[n] for n in names if n in self._processes]
             for process in processes:
                 if process.stdin is not None:

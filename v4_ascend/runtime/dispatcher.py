@@ -70,6 +70,15 @@ class Dispatcher:
         """From now on answer new requests with 503; those that are here go on."""
         self.health.is_ready, self.health.state = False, "draining"
 
+    def stop(self, reason: str) -> None:
+        """End what still runs; who waits for it is told."""
+        for request_id in self._queues:
+            self._refuse(request_id, RequestError(reason, status=503))
+
+    def _refuse(self, request_id: int, error: RequestError) -> None:
+        if request_id in self._queues:
+            self._queues[request_id].put_nowait(error)
+
     @property
     def is_idle(self) -> bool:
         """Whether every request has its answer."""
@@ -258,6 +267,4 @@ class Dispatcher:
         self.watch.forget()
         self._parts, self._sent = {}, {}
         for request_id in self.scheduler.abandon():
-            if request_id in self._queues:
-                error = RequestError(f"the model stopped: {reason}", status=500)
-                self._queues[request_id].put_nowait(error)
+            self._refuse(request_id, RequestError(f"the model stopped: {reason}", status=500))

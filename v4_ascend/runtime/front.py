@@ -377,7 +377,7 @@ def _authenticate(request: Request, keys: tuple[str, ...]) -> None:
 def main() -> None:
     """Serve until told to stop, then let running requests finish."""
     front = None
-    state = Path(sys.argv[1])
+    state, patience_s = Path(sys.argv[1]), float(sys.argv[2])
     plan = Plan.read(state / "plan.json")
 
     async def serve() -> None:
@@ -390,7 +390,7 @@ def main() -> None:
             log_level="warning",
             timeout_graceful_shutdown=1,  # streams that are left after draining
         )
-        await DrainingServer(config, front.dispatcher).serve()
+        await DrainingServer(config, front.dispatcher, patience_s).serve()
 
     asyncio.run(serve())
 
