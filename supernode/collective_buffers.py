@@ -67,23 +67,26 @@ def buffer_bytes(
     if parallel.world_size == 1 or profile.kind == "cpu" or profile.emulated:
         return 0
     if profile.kind == "cuda":
-        return NCCL_BYTES * len(communicators(parallel))
-    total = 0
-    for name in communicators(parallel):
-        mb = DEFAULT_MB
-        if name == "ep":
-            capped = min(n_tokens, MAX_TOKENS[profile.family])
-            mb = min_buffsize_mb(config, profile.family, parallel.ep_size, n_local_experts, capped)
-        total += 2 * mb * MB
-    return total
+        return NCCL_BYTES * len(group_names(parallel))
+    mb = DEFAULT_MB
+    if parallel.ep_size > 1:
+        capped = min(n_tokens, MAX_TOKENS[profile.family])
+        mb = min_buffsize_mb(config, profile.family, parallel.ep_size, n_local_experts, capped)
+    # The variable holds for a process: a communicator that needs less takes as much.
+    return 2 * mb * MB * n_hccl_communicators(parallel)
 
 
-def communicators(parallel: ParallelConfig) -> tuple[str, ...]:
+def group_names(parallel: ParallelConfig) -> tuple[str, ...]:
     """Name the groups a rank is in."""
     p = parallel
     sizes = {"world": p.world_size, "ep": p.ep_size, "tp": p.tp_size, "cp": p.cp_size}
     names = [name for name, size in sizes.items() if size > 1]
     return (*names, "pp") if p.pp_size > 1 else tuple(names)
+
+
+def n_hccl_communicators(parallel: ParallelConfig) -> int:
+    """Count them: the vendor's dispatch and combine want one of their own."""
+    return len(group_names(parallel)) + (parallel.ep_size > 1)
 
 
 def _align(n: int, to: int) -> int:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from v4_ascend.supernode.collective_buffers import MAX_TOKENS, communicators, min_buffsize_mb
+from v4_ascend.supernode.collective_buffers import (
+    MAX_TOKENS,
+    min_buffsize_mb,
+    n_hccl_communicators,
+)
 from v4_ascend.supernode.planning import PoolPlan
 
 LOAD_BYTES_PER_S = 0.2e9  # of one device: published loads of V4-Pro run at 0.1 to 0.5 GB/s
@@ -111,7 +115,7 @@ def _hccl(pool: PoolPlan) -> tuple[Variable, ...]:
             "HCCL_BUFFSIZE",
             str(mb),
             f"MB; dispatch and combine of {capped} tokens a rank over ep {p.ep_size} with {local} "
-            f"local experts (R21); {len(communicators(p))} communicators take twice their size",
+            f"local experts (R21); {n_hccl_communicators(p)} communicators take twice as much each",
         ),
         Variable(
             "HCCL_OP_EXPANSION_MODE",
