@@ -110,6 +110,11 @@ class GroupedLinear:
             grouped_gemm.prepare(weight, scale)
         return cls(weight, scale, numerics.dtype)
 
+    @property
+    def rounds_input(self) -> bool:
+        """Whether a product begins with `act_quant` of its rows."""
+        return self.scale is not None
+
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
         """Multiply [n_rows, in] to [n_rows, out], group by group."""
         if self.scale is None:
