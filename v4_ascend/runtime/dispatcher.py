@@ -20,6 +20,7 @@ from v4_ascend.runtime.messages import (
     Hello,
     Loading,
     Ready,
+    Rules,
     Sampling,
     Start,
     StepResult,
@@ -113,7 +114,11 @@ class Dispatcher:
         self.scheduler.require_room(n)
 
     async def generate(
-        self, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        rules: Rules | None = None,
     ) -> AsyncIterator[Token]:
         """Yield tokens as they are drawn; leaving the iterator early frees the slot.
 
@@ -123,7 +128,13 @@ class Dispatcher:
         self.require_room(1)
         request_id = next(self._ids)
         self.scheduler.add(
-            Request(id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling)
+            Request(
+                id=request_id,
+                prompt_ids=prompt_ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                rules=rules,
+            )
         )
         queue: asyncio.Queue[Token | RequestError] = asyncio.Queue()
         self._queues[request_id] = queue
