@@ -242,7 +242,10 @@ class Dispatcher:
         whole = StepResult(result.number, [s for p in parts for s in p.sampled])
         for token in self.scheduler.apply(whole):
             if token.request in self._queues:
-                self._queues[token.request].put_nowait(token)
+                failed = token.sampled.error
+                self._queues[token.request].put_nowait(
+                    RequestError(f"structured output: {failed}", status=500) if failed else token
+                )
         self._work.set()
 
     def expert_load(self) -> list[list[int]]:

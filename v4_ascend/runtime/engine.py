@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from v4_ascend.backends import find_backend
+from v4_ascend.chat import ChatTokenizer
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
@@ -17,6 +18,7 @@ from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.comm import Groups, Work
+from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
 from v4_ascend.runtime.messages import Step, StepResult
@@ -55,13 +57,16 @@ class Engine:
         device: str = "cpu",
         min_page_rows: int = 1,
         groups: Groups | None = None,
+        guides: GuideFactory | None = None,
     ) -> None:
         self.model, self.groups = model, groups or Groups.solo()
         self.n_slots = max_batch_size
         self.max_model_len = max_model_len
         self.max_chunk = max_chunk
         self.device = torch.device(device)
-        self.sampler = Sampler(model.config.vocab_size, model.config.eos_token_id, self.device)
+        self.sampler = Sampler(
+            model.config.vocab_size, model.config.eos_token_id, self.device, guides
+        )
         self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
         self.cache = KVCache(
             model.config,
@@ -89,11 +94,15 @@ class Engine:
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
-        checkpoint = open_for_rank(resolve_checkpoint(plan.checkpoint), plan, groups.rank)
+        folder = resolve_checkpoint(plan.checkpoint)
+        checkpoint = open_for_rank(folder, plan, groups.rank)
         config = checkpoint.config
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
         device = backend.device()
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
+        guides = None
+        if model.head is not None and groups.tp.rank == 0:  # it draws tokens
+            guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
             max_batch_size=plan.slots_per_group,
@@ -103,6 +112,7 @@ class Engine:
             device=device,
             min_page_rows=backend.min_page_rows,
             groups=groups,
+            guides=guides,
         )
 
     @property

@@ -33,6 +33,7 @@ class Rules(msgspec.Struct, frozen=True, omit_defaults=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0  # drawn before the end token may be
+    grammar: str | None = None  # of llguidance: what may be drawn at all
 
 
 class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -50,13 +51,17 @@ class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
     rules: Rules | None = None
 
 
-class Sampled(msgspec.Struct, frozen=True):
-    """A drawn token, its log probability, and those of the most likely ones."""
+class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A drawn token, its log probability, and those of the most likely ones.
+
+    With an `error` the token means nothing: the request's grammar could not be followed.
+    """
 
     request: int
     token_id: int
     logprob: float | None
     top_logprobs: list[tuple[int, float]]
+    error: str | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
