@@ -76,6 +76,5 @@ class Guide:
         """Return which tokens may come next, ``[vocab_size]`` bool."""
         words = allocate_token_bitmask(1, self._vocab_size)
         fill_next_token_bitmask(self._matcher, words)
-        packed = torch.from_numpy(words[0].astype(np.int64)).to(device)
-        bits = packed[:, None] >> torch.arange(32, device=device) & 1
-        return bits.flatten()[: self._vocab_size].bool()
+        bits = np.unpackbits(words[0].view(np.uint8), count=self._vocab_size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_)).to(device)
