@@ -275,6 +275,18 @@ def _ignores_top_p(right, top_p, **inputs):
     return right(top_p=torch.ones_like(top_p), **inputs)
 
 
+@_fault("sample")
+def _keeps_one_token_too_many(right, top_k, **inputs):
+    return right(top_k=top_k + 1, **inputs)
+
+
+@_fault("sample")
+def _compares_min_p_with_one(right, logits, temperature, min_p, **inputs):
+    warm = temperature.clamp_min(1e-5).unsqueeze(-1)
+    highest = (logits / warm).softmax(-1).amax(-1)
+    return right(logits, temperature, min_p=min_p / highest, **inputs)
+
+
 @pytest.mark.parametrize(("op", "kernel"), FAULTS)
 def test_a_planted_fault_is_found(op, kernel):
     results = _found(op, kernel)

@@ -20,6 +20,7 @@ from v4_ascend.runtime.messages import (
     Hello,
     Loading,
     Ready,
+    Rules,
     Sampling,
     Start,
     StepResult,
@@ -113,7 +114,11 @@ class Dispatcher:
         self.scheduler.require_room(n)
 
     async def generate(
-        self, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        rules: Rules | None = None,
     ) -> AsyncIterator[Token]:
         """Yield tokens as they are drawn; leaving the iterator early frees the slot.
 
@@ -123,7 +128,13 @@ class Dispatcher:
         self.require_room(1)
         request_id = next(self._ids)
         self.scheduler.add(
-            Request(id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling)
+            Request(
+                id=request_id,
+                prompt_ids=prompt_ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                rules=rules,
+            )
         )
         queue: asyncio.Queue[Token | RequestError] = asyncio.Queue()
         self._queues[request_id] = queue
@@ -231,7 +242,10 @@ class Dispatcher:
         whole = StepResult(result.number, [s for p in parts for s in p.sampled])
         for token in self.scheduler.apply(whole):
             if token.request in self._queues:
-                self._queues[token.request].put_nowait(token)
+                failed = token.sampled.error
+                self._queues[token.request].put_nowait(
+                    RequestError(f"structured output: {failed}", status=500) if failed else token
+                )
         self._work.set()
 
     def expert_load(self) -> list[list[int]]:

@@ -10,18 +10,20 @@ from typing import Literal
 import torch
 
 from v4_ascend.backends import find_backend
+from v4_ascend.chat import ChatTokenizer
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Transformer
-from v4_ascend.ops import sample
 from v4_ascend.runtime.comm import Groups, Work
+from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
-from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
+from v4_ascend.runtime.messages import Step, StepResult
 from v4_ascend.runtime.parity import cache_records
+from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
 
 CANARY_TOKENS = 140  # crosses the window and both compress ratios
@@ -55,12 +57,16 @@ class Engine:
         device: str = "cpu",
         min_page_rows: int = 1,
         groups: Groups | None = None,
+        guides: GuideFactory | None = None,
     ) -> None:
         self.model, self.groups = model, groups or Groups.solo()
         self.n_slots = max_batch_size
         self.max_model_len = max_model_len
         self.max_chunk = max_chunk
         self.device = torch.device(device)
+        self.sampler = Sampler(
+            model.config.vocab_size, model.config.eos_token_id, self.device, guides
+        )
         self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
         self.cache = KVCache(
             model.config,
@@ -88,11 +94,15 @@ class Engine:
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
-        checkpoint = open_for_rank(resolve_checkpoint(plan.checkpoint), plan, groups.rank)
+        folder = resolve_checkpoint(plan.checkpoint)
+        checkpoint = open_for_rank(folder, plan, groups.rank)
         config = checkpoint.config
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
         device = backend.device()
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
+        guides = None
+        if model.head is not None and groups.tp.rank == 0:  # it draws tokens
+            guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
             max_batch_size=plan.slots_per_group,
@@ -102,6 +112,7 @@ class Engine:
             device=device,
             min_page_rows=backend.min_page_rows,
             groups=groups,
+            guides=guides,
         )
 
     @property
@@ -130,6 +141,8 @@ class Engine:
         batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
         if batch is None or self.model.head is None:
             return StepResult(step.number, [])
+        if self.answers:
+            self.sampler.take(mine)
         begin, end = span_of(batch.n_tokens, self.model.shard.cp)
         last = (batch.cu_seqlens[1:].long() - 1).tolist()
         wanted = [
@@ -141,7 +154,7 @@ class Engine:
         logits = self.model.logits(streams[rows])
         if not self.answers:
             return StepResult(step.number, [])
-        return StepResult(step.number, _sampled([mine[i] for i in wanted], logits))
+        return StepResult(step.number, self.sampler.draw([mine[i] for i in wanted], logits))
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
@@ -220,25 +233,3 @@ class Engine:
             start += size
         seen = [p.cpu() for p in parts if p is not None]
         return torch.cat(seen) if seen else None
-
-
-def _sampled(sequences: list[SequenceStep], logits: torch.Tensor) -> list[Sampled]:
-    settings = [s.sampling for s in sequences if s.sampling is not None]
-    device = logits.device
-    ids = sample(
-        logits,
-        torch.tensor([s.temperature for s in settings], device=device),
-        torch.tensor([s.top_p for s in settings], device=device),
-        torch.tensor([s.seed for s in settings], dtype=torch.int64, device=device),
-        torch.tensor([s.start + len(s.token_ids) for s in sequences], device=device),
-    ).tolist()
-    out = []
-    for sequence, setting, row, token in zip(sequences, settings, logits, ids, strict=True):
-        if setting.n_logprobs is None:
-            out.append(Sampled(sequence.request, token, None, []))
-            continue
-        logprobs = row.log_softmax(-1)
-        top = logprobs.topk(min(setting.n_logprobs, len(row)))
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        out.append(Sampled(sequence.request, token, float(logprobs[token]), pairs))
-    return out

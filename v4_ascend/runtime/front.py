@@ -25,7 +25,7 @@ from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
 from v4_ascend.runtime.draining import DrainingServer, follow_parent
 from v4_ascend.runtime.load import resolve_checkpoint
-from v4_ascend.runtime.messages import Sampling
+from v4_ascend.runtime.messages import Rules, Sampling
 from v4_ascend.runtime.openai_schema import ChatBody, CompletionBody, parse_body
 from v4_ascend.runtime.responses import (
     Envelope,
@@ -91,7 +91,7 @@ class Front:
         n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         limit = body.max_completion_tokens or body.max_tokens
         return Wanted(
-            **self._limits(self.tokenizer.encode_prompt(prompt), limit, "messages"),
+            **self._limits(body, self.tokenizer.encode_prompt(prompt), limit, "messages"),
             sampling=self._sampling(body, n_logprobs),
             stops=body.stops,
             thinking=thinking,
@@ -110,7 +110,7 @@ class Front:
                 f"prompt: token ids must be 0..{self.config.vocab_size - 1}", param="prompt"
             )
         return Wanted(
-            **self._limits(ids, body.max_tokens, "prompt"),
+            **self._limits(body, ids, body.max_tokens, "prompt"),
             sampling=self._sampling(body, body.logprobs),
             stops=body.stops,
             thinking=False,
@@ -118,7 +118,9 @@ class Front:
             is_chat=False,
         )
 
-    def _limits(self, prompt_ids: list[int], asked: int | None, param: str) -> dict[str, Any]:
+    def _limits(
+        self, body: ChatBody | CompletionBody, prompt_ids: list[int], asked: int | None, param: str
+    ) -> dict[str, Any]:
         room = self.plan.max_model_len - len(prompt_ids)
         if room < 1:
             raise RequestError(
@@ -126,7 +128,34 @@ class Front:
                 f"{self.plan.max_model_len} and must leave room for an answer",
                 param=param,
             )
-        return {"prompt_ids": prompt_ids, "max_tokens": min(asked or room, room)}
+        max_tokens = min(asked or room, room)
+        rules = self._rules(body, prompt_ids, max_tokens)
+        return {"prompt_ids": prompt_ids, "max_tokens": max_tokens, "rules": rules}
+
+    def _rules(
+        self, body: ChatBody | CompletionBody, prompt_ids: list[int], max_tokens: int
+    ) -> Rules | None:
+        for token in body.logit_bias:
+            if not 0 <= token < self.config.vocab_size:
+                raise RequestError(
+                    f"logit_bias: token {token} is not in 0..{self.config.vocab_size - 1}",
+                    param="logit_bias",
+                )
+        if body.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens: {body.min_tokens} is more than may be drawn, {max_tokens}",
+                param="min_tokens",
+            )
+        rules = Rules(
+            n_before=len(prompt_ids),
+            before=prompt_ids if body.repetition_penalty != 1 else [],
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=body.logit_bias,
+            min_tokens=max_tokens if body.ignore_eos else body.min_tokens,
+        )
+        return rules if rules != Rules(n_before=len(prompt_ids)) else None
 
     def _sampling(self, body: ChatBody | CompletionBody, n_logprobs: int | None) -> Sampling:
         temperature, top_p = self.defaults
@@ -135,6 +164,8 @@ class Front:
             top_p if body.top_p is None else body.top_p,
             secrets.randbits(63) if body.seed is None else body.seed,
             n_logprobs,
+            max(body.top_k, 0),
+            body.min_p,
         )
 
     def require_model(self, name: str) -> None:

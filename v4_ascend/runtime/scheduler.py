@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from v4_ascend.errors import RequestError
-from v4_ascend.runtime.messages import Sampled, Sampling, SequenceStep, Step, StepResult
+from v4_ascend.runtime.messages import Rules, Sampled, Sampling, SequenceStep, Step, StepResult
 
 FinishReason = Literal["stop", "length"]
 
@@ -21,6 +21,7 @@ class Request:
     prompt_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling
+    rules: Rules | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class _Running:
             sampling = r.sampling if is_last else None
         else:
             ids, sampling = self.drawn[-1:], r.sampling
-        step = SequenceStep(r.id, self.slot, ids, self.n_sent, sampling)
+        rules = r.rules if not self.last_step else None  # its first step here
+        step = SequenceStep(r.id, self.slot, ids, self.n_sent, sampling, rules)
         self.n_sent += len(ids)
         self.n_in_flight += 1
         self.is_drawing, self.last_step = sampling is not None, number
