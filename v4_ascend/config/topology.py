@@ -174,7 +174,10 @@ class Workload(Section):
 class Serve(Section):
     """How requests are served.
 
-    `memory_utilisation` is the part of a device's memory that may be used at all.
+    `memory_utilisation` is the part of a device's memory that may be used at all. `cache_tokens`
+    are those of all requests together whose compressed rows are kept, by default `concurrency`
+    times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
+    group; 0 computes every prompt whole.
     """
 
     max_model_len: int = Field(ge=1)
@@ -187,6 +190,8 @@ class Serve(Section):
     memory_utilisation: float = Field(default=0.92, gt=0, le=1)
     api_keys: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
+    cache_tokens: int | None = Field(default=None, ge=1)
+    prefix_snapshots: int = Field(default=16, ge=0)
 
 
 class Runtime(Section):

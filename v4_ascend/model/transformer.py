@@ -228,6 +228,12 @@ class Transformer:
         rows = self.embed[local.clamp(0, n - 1)].masked_fill(~is_here.unsqueeze(-1), 0)
         return tp.all_reduce(rows)
 
+    @property
+    def cached_layers(self) -> tuple[int, int]:
+        """Layers that need caches, half-open: the drafter's follow the network's."""
+        first, end = self.shard.layers
+        return first, end + len(self.mtp)
+
     def own(self, batch: Batch) -> Batch:
         """Return the tokens of a step that are this CP rank's."""
         cp = self.shard.cp

@@ -25,7 +25,8 @@ from v4_ascend.runtime.messages import (
     Start,
     StepResult,
 )
-from v4_ascend.runtime.scheduler import Request, Scheduler, Token
+from v4_ascend.runtime.scheduler import Scheduler, Token
+from v4_ascend.runtime.sequence import Request
 from v4_ascend.runtime.watch import RankState, Watch
 from v4_ascend.supernode.plan import Plan, experts_of
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from msgspec.structs import replace
 
 from v4_ascend.backends import find_backend
 from v4_ascend.chat import ChatTokenizer
@@ -20,8 +21,9 @@ from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.runtime.limits import limits_of
 from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
-from v4_ascend.runtime.messages import Step, StepResult
+from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
@@ -58,6 +60,8 @@ class Engine:
         min_page_rows: int = 1,
         groups: Groups | None = None,
         guides: GuideFactory | None = None,
+        n_pages: int | None = None,
+        n_snapshots: int = 0,
     ) -> None:
         self.model, self.groups = model, groups or Groups.solo()
         self.n_slots = max_batch_size
@@ -77,7 +81,9 @@ class Engine:
             index_record=records[1],
             device=device,
             min_page_rows=min_page_rows,
-            layers=model.shard.layers if groups else None,
+            layers=model.cached_layers,
+            n_pages=n_pages,
+            n_snapshots=n_snapshots,
         )
 
     @classmethod
@@ -100,12 +106,13 @@ class Engine:
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
         device = backend.device()
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
+        limits = limits_of(plan, config)
         guides = None
         if model.head is not None and groups.tp.rank == 0:  # it draws tokens
             guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
-            max_batch_size=plan.slots_per_group,
+            max_batch_size=limits.n_slots,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
             records=cache_records(backend, config, numerics, plan.kernels),
@@ -113,6 +120,8 @@ class Engine:
             min_page_rows=backend.min_page_rows,
             groups=groups,
             guides=guides,
+            n_pages=limits.n_pages,
+            n_snapshots=limits.n_snapshots,
         )
 
     @property
@@ -134,27 +143,54 @@ class Engine:
         """Run the next tokens of this rank's sequences; draw where one asks for it.
 
         With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
+        A draft that is drawn itself lets what is drawn behind it count too: the same tokens as
+        without, as a drawn token depends on logits, seed and position alone.
         """
         self.groups.flight.step = step.number
         first = self.groups.dp_rank * self.n_slots
         mine = [s for s in step.sequences if first <= s.slot < first + self.n_slots]
+        for s in mine:
+            self.cache.place(s.slot - first, s.first_page, s.pages)
+            if s.restore is not None:
+                self.cache.restore(s.slot - first, s.start, s.restore)
         batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
-        if batch is None or self.model.head is None:
-            return StepResult(step.number, [])
+        drawn = self._draw(mine, batch, streams) if batch is not None else []
+        for s in mine:
+            if s.save is not None:
+                n_tokens = s.start + len(s.token_ids) - s.n_drafts
+                self.cache.save(s.slot - first, n_tokens, s.save)
+        return StepResult(step.number, [d for of_sequence in drawn for d in of_sequence])
+
+    def _draw(
+        self, mine: Sequence[SequenceStep], batch: Batch, streams: torch.Tensor
+    ) -> list[list[Sampled]]:
+        """Return what each sequence has drawn here: one token, and one more for a right draft."""
+        drawn: list[list[Sampled]] = [[] for _ in mine]
+        if self.model.head is None:
+            return drawn
         if self.answers:
             self.sampler.take(mine)
         begin, end = span_of(batch.n_tokens, self.model.shard.cp)
-        last = (batch.cu_seqlens[1:].long() - 1).tolist()
-        wanted = [
-            i for i, s in enumerate(mine) if s.sampling is not None and begin <= last[i] < end
-        ]
+        wanted, rows = [], []
+        for i, (s, stop) in enumerate(zip(mine, batch.cu_seqlens[1:].tolist(), strict=True)):
+            if s.sampling is None or not begin < stop <= end:
+                continue
+            for n_behind in range(s.n_drafts, -1, -1):
+                ids = s.token_ids[: len(s.token_ids) - n_behind]
+                wanted.append((i, replace(s, token_ids=ids)))
+                rows.append(stop - 1 - n_behind - begin)
         if not wanted:
-            return StepResult(step.number, [])
-        rows = torch.tensor([last[i] - begin for i in wanted], device=streams.device)
-        logits = self.model.logits(streams[rows])
+            return drawn
+        logits = self.model.logits(streams[torch.tensor(rows, device=streams.device)])
         if not self.answers:
-            return StepResult(step.number, [])
-        return StepResult(step.number, self.sampler.draw([mine[i] for i in wanted], logits))
+            return drawn
+        tokens = self.sampler.draw([s for _, s in wanted], logits)
+        for (i, _), token in zip(wanted, tokens, strict=True):
+            s, before = mine[i], [d.token_id for d in drawn[i]]
+            drafts = s.token_ids[len(s.token_ids) - s.n_drafts :]
+            if before == drafts[: len(before)]:
+                drawn[i].append(token)
+        return drawn
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:

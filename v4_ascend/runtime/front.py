@@ -24,6 +24,7 @@ from v4_ascend.errors import RequestError
 from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
 from v4_ascend.runtime.draining import DrainingServer, follow_parent
+from v4_ascend.runtime.limits import limits_of
 from v4_ascend.runtime.load import resolve_checkpoint
 from v4_ascend.runtime.messages import Rules, Sampling
 from v4_ascend.runtime.openai_schema import ChatBody, CompletionBody, parse_body
@@ -38,7 +39,6 @@ from v4_ascend.runtime.responses import (
 from v4_ascend.runtime.scheduler import Scheduler
 from v4_ascend.supernode.plan import Plan
 
-MAX_WAITING = 256  # requests
 CLIENT_LEFT = 499  # nobody reads it; the access log does
 RETRY_AFTER = {"Retry-After": "1"}
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -57,9 +57,7 @@ class Front:
         self.tokenizer = ChatTokenizer.load(folder)
         self.defaults = _generation_defaults(folder)
         scheduler = Scheduler(
-            max_batch_size=self.plan.max_batch_size,
-            max_chunk=self.plan.max_chunk,
-            max_waiting=MAX_WAITING,
+            limits_of(self.plan, self.config),
             eos_id=self.config.eos_token_id,
             n_groups=self.plan.parallel.dp_size,
             n_in_flight=self.plan.parallel.pp_size,

@@ -39,8 +39,13 @@ class Rules(msgspec.Struct, frozen=True, omit_defaults=True):
 class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
     """The next tokens of one request: `start` of its tokens are in the slot's caches.
 
-    Without `sampling` more of the prompt follows, and nothing is drawn. `rules` come with the
-    first step of a request in a slot, if it has any.
+    Without `sampling` more of the prompt follows, `next_id` first, and nothing is drawn. `rules`
+    come with the first step of a request in a slot, if it has any.
+
+    `pages` are the slot's from its page number `first_page` on. Before the step the slot's other
+    caches are restored from a snapshot, after it they are saved to one, where such are named.
+    The last `n_drafts` tokens are guesses: of what is drawn behind each token, only what follows
+    right ones counts.
     """
 
     request: int
@@ -49,12 +54,19 @@ class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
     start: int
     sampling: Sampling | None
     rules: Rules | None = None
+    pages: list[int] = []
+    first_page: int = 0
+    restore: int | None = None
+    save: int | None = None
+    n_drafts: int = 0
+    next_id: int | None = None
 
 
 class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
     """A drawn token, its log probability, and those of the most likely ones.
 
-    With an `error` the token means nothing: the request's grammar could not be followed.
+    With an `error` the token means nothing: the request's grammar could not be followed. `draft`
+    is a guess of the token behind it.
     """
 
     request: int
@@ -62,6 +74,7 @@ class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
     logprob: float | None
     top_logprobs: list[tuple[int, float]]
     error: str | None = None
+    draft: int | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -83,10 +96,14 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Front to ranks: one step, the same for all of them, in the order of their numbers."""
+    """Front to ranks: one step, the same for all of them, in the order of their numbers.
+
+    With `drafts` the drafter runs too, and every drawn token comes with a guess of the next.
+    """
 
     number: int
     sequences: list[SequenceStep]
+    drafts: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
