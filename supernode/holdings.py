@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from v4_ascend.config.inventory import (
     TensorSpec,
@@ -34,6 +35,7 @@ SPLIT_DIM = {
 # What a model asks for, in its order. A test compares it with what one does ask for.
 READ_ORDER = (
     "embed",
+    *("e_proj", "h_proj", "enorm", "hnorm"),
     "attn_norm",
     "ffn_norm",
     *(f"hc_{at}_{part}" for at in ("attn", "ffn") for part in ("fn", "scale", "base")),
@@ -114,17 +116,25 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
         _hold(held, of_layer.shared, plan, rank)
     if end == config.n_layers:
         _hold(held, reads.head, plan, rank)
+        for drafting in reads.mtp if plan.n_draft_tokens else ():
+            _hold(held, drafting.before, plan, rank)
+            held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w13[e]}
+            held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w2[e]}
+            _hold(held, drafting.shared, plan, rank)
+            _hold(held, drafting.head, plan, rank)
     return held
 
 
 def layout_digest(config: ModelConfig, plan: Plan) -> str:
     """Digest what decides which rank reads what: two plans of one layout read the same files."""
-    layout = {
+    layout: dict[str, Any] = {
         "parallel": plan.parallel.model_dump(mode="json"),
         "ranks": [(r.rank, r.layers, r.experts) for r in plan.ranks],
         "expert_placement": plan.expert_placement,
         "config": config.model_dump(mode="json"),
     }
+    if plan.n_draft_tokens:
+        layout["drafts"] = True
     return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,12 +163,16 @@ def _hold(held: dict[str, Held], whole: Iterable[Held], plan: Plan, rank: Rank) 
 
 @dataclass(frozen=True)
 class _LayerReads:
-    """One layer, in the order it is read: gate and up projections of all experts come first."""
+    """One layer, in the order it is read: gate and up projections of all experts come first.
+
+    A drafter has a `head` of its own.
+    """
 
     before: tuple[Held, ...]
     w13: tuple[tuple[Held, ...], ...]
     w2: tuple[tuple[Held, ...], ...]
     shared: tuple[Held, ...]
+    head: tuple[Held, ...]
 
 
 @dataclass(frozen=True)
@@ -166,41 +180,46 @@ class _Reads:
     embed: tuple[Held, ...]
     layers: tuple[_LayerReads, ...]
     head: tuple[Held, ...]
+    mtp: tuple[_LayerReads, ...]
 
 
 @lru_cache(maxsize=4)
 def _reads(config: ModelConfig) -> _Reads:
-    """Order the inventory once for all ranks: Pro has 145,116 tensors, a plan up to 8,192 ranks.
-
-    Nothing drafts yet, so MTP is left out.
-    """
+    """Order the inventory once for all ranks: Pro has 145,116 tensors, a plan up to 8,192 ranks."""
     outside = model_tensors(config)
     return _Reads(
         embed=_ordered(t for t in outside if t.name.startswith("embed.")),
         layers=tuple(_layer_reads(config, n) for n in range(config.n_layers)),
         head=_ordered(t for t in outside if not t.name.startswith("embed.")),
+        mtp=tuple(_layer_reads(config, config.n_layers + n) for n in range(config.n_mtp_layers))
+        if config.dspark is None
+        else (),
     )
 
 
 def _layer_reads(config: ModelConfig, layer: int) -> _LayerReads:
+    stage = layer - config.n_layers
+    at = f"layers.{layer}." if stage < 0 else f"mtp.{stage}."
     tensors = [
-        TensorSpec(f"layers.{layer}.{t.name.removeprefix('layer.')}", t.dtype, t.shape)
+        TensorSpec(at + t.name.removeprefix("layer."), t.dtype, t.shape)
         for t in layer_tensors(config, layer)
     ]
-    is_shared = [".shared_experts." in t.name for t in tensors]
     one = {t.name.removeprefix("expert."): t for t in expert_tensors(config)}
-    experts = [f"layers.{layer}.ffn.experts.{e}." for e in range(config.n_routed_experts)]
+    experts = [f"{at}ffn.experts.{e}." for e in range(config.n_routed_experts)]
     w13 = [(n, one[n]) for w in ("w1", "w3") for n in (f"{w}.weight", f"{w}.scale") if n in one]
     w2 = [(n, one[n]) for n in ("w2.weight", "w2.scale") if n in one]
 
-    def of(at: str, parts: Sequence[tuple[str, TensorSpec]]) -> tuple[Held, ...]:
-        return tuple(Held(TensorSpec(at + n, t.dtype, t.shape), None) for n, t in parts)
+    def of(expert: str, parts: Sequence[tuple[str, TensorSpec]]) -> tuple[Held, ...]:
+        return tuple(Held(TensorSpec(expert + n, t.dtype, t.shape), None) for n, t in parts)
 
+    first_shared, head = READ_ORDER.index("ffn.shared_experts.w1"), READ_ORDER.index("head")
+    order = [(t, READ_ORDER.index(_place(t.name))) for t in tensors]
     return _LayerReads(
-        before=_ordered(t for t, shared in zip(tensors, is_shared, strict=True) if not shared),
+        before=_ordered(t for t, place in order if place < first_shared),
         w13=tuple(of(at, w13) for at in experts),
         w2=tuple(of(at, w2) for at in experts),
-        shared=_ordered(t for t, shared in zip(tensors, is_shared, strict=True) if shared),
+        shared=_ordered(t for t, place in order if first_shared <= place < head),
+        head=_ordered(t for t, place in order if place > head),
     )
 
 
@@ -215,5 +234,5 @@ def _ordered(tensors: Iterable[TensorSpec]) -> tuple[Held, ...]:
 
 def _place(name: str) -> str:
     """Name a tensor without its layer, and without .weight or .scale."""
-    place = name.split(".", 2)[2] if name.startswith("layers.") else name
+    place = name.split(".", 2)[2] if name.startswith(("layers.", "mtp.")) else name
     return place.removesuffix(".weight").removesuffix(".scale")

@@ -281,16 +281,25 @@ class Transformer:
         return self.head(streams)
 
     def draft(
-        self, x: torch.Tensor, next_ids: torch.Tensor, batch: Batch, caches: Sequence[LayerCache]
+        self,
+        x: torch.Tensor,
+        next_ids: torch.Tensor,
+        batch: Batch | None,
+        caches: Sequence[LayerCache],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict the token after the next one, fp32 logits [n_tokens, vocab_size].
+        """Predict the token after the next one, fp32 logits of every token or of `rows`.
+
+        A `batch` of None has no tokens: the rank only serves the drafter's experts.
 
         Shapes:
             x         [n_tokens, hc_mult, dim]: streams of this step, as `__call__` returned them
             next_ids  [n_tokens]  int64: the token that follows each one
+            rows      [n_rows]  int64
+            return    [n_tokens or n_rows, vocab_size]
         """
         mtp, eps = self.mtp[0], self.config.norm_eps
         e = mtp.e_proj(rms_norm(self.embedded(next_ids), mtp.enorm, eps))
         h = mtp.h_proj(rms_norm(x, mtp.hnorm, eps).flatten(0, 1)).view_as(x)
         x = mtp.block(e.unsqueeze(1) + h, batch, batch, caches[self.config.n_layers])
-        return mtp.head(x)
+        return mtp.head(x if rows is None else x[rows])

@@ -155,6 +155,8 @@ class Engine:
                 self.cache.restore(s.slot - first, s.start, s.restore)
         batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
         drawn = self._draw(mine, batch, streams) if batch is not None else []
+        if step.drafts:
+            self._draft(mine, drawn, batch, streams)
         for s in mine:
             if s.save is not None:
                 n_tokens = s.start + len(s.token_ids) - s.n_drafts
@@ -191,6 +193,41 @@ class Engine:
             if before == drafts[: len(before)]:
                 drawn[i].append(token)
         return drawn
+
+    def _draft(
+        self,
+        mine: Sequence[SequenceStep],
+        drawn: list[list[Sampled]],
+        batch: Batch | None,
+        streams: torch.Tensor,
+    ) -> None:
+        """Run the drafter behind a step; the last token each sequence has drawn gets its guess.
+
+        Every rank takes part: of a TP group one knows what was drawn, of an EP group all have
+        experts.
+        """
+        tp = self.groups.tp
+        if batch is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            self.model.draft(streams, nothing, None, self.cache.layers, nothing)
+            return
+        next_ids: list[int] = []
+        rows: list[int] = []
+        for s, tokens, stop in zip(mine, drawn, batch.cu_seqlens[1:].tolist(), strict=True):
+            ids = [*s.token_ids[1:], s.next_id or 0]
+            if s.sampling is not None:
+                # What follows a wrong draft is computed again before anything depends on it.
+                known = [t.token_id for t in tokens] or [0]
+                ids[len(ids) - 1 - s.n_drafts :] = known + [0] * (s.n_drafts + 1 - len(known))
+                rows.append(stop - 1 - s.n_drafts + len(known) - 1)
+            next_ids += ids
+        packed = torch.tensor(next_ids + rows, device=self.device)
+        if tp.size > 1:
+            packed = tp.all_gather(packed, [len(packed)] * tp.size)[0]
+        n = len(next_ids)
+        logits = self.model.draft(streams, packed[:n], batch, self.cache.layers, packed[n:])
+        for tokens, guess in zip([t for t in drawn if t], logits.argmax(-1).tolist(), strict=False):
+            tokens[-1] = replace(tokens[-1], draft=guess)
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
