@@ -175,6 +175,8 @@ class Serve(Section):
     """How requests are served.
 
     `memory_utilisation` is the part of a device's memory that may be used at all.
+    `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
+    of `cors_origins` may call the API.
     """
 
     max_model_len: int = Field(ge=1)
@@ -186,6 +188,9 @@ class Serve(Section):
     workload: Workload = Workload()
     memory_utilisation: float = Field(default=0.92, gt=0, le=1)
     api_keys: tuple[str, ...] = ()
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    cors_origins: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
 
 
