@@ -1,12 +1,14 @@
 """Chat with tools and schemas, Responses and Messages: one deployment, each API's own client."""
 
 import json
+import re
 
 import anthropic
 import httpx
 import openai
 import pytest
-from test_deploy import Box
+from prometheus_client.parser import text_string_to_metric_families
+from test_deploy import ROOT, Box, wait_for
 
 from v4_ascend.chat import ChatTokenizer
 
@@ -254,8 +256,6 @@ BAD = [
 
 @pytest.mark.parametrize(("path", "change", "says"), BAD, ids=[b[2][:20] for b in BAD])
 def test_bad_requests_get_their_apis_error(served, path, change, says):
-    import re
-
     base = {"model": "v4-tiny", "max_tokens": 5, "messages": ASK["messages"]}
     body = {"model": "v4-tiny"} if path == "/v1/responses" else base
     answer = post(served, path, body | change, **{"X-Request-Id": "mine-7"})
@@ -292,3 +292,57 @@ def test_clients_raise_their_own_errors(served):
 def test_no_page_of_another_origin_may_read_an_answer(served):
     answer = httpx.get(f"{served.url}/health", headers={"Origin": "https://example.org"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def exported(text):
+    """Every sample's name and labels, read by Prometheus' own parser."""
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_count_what_was_served(served):
+    def counted():
+        return exported(httpx.get(f"{served.url}/metrics").text)
+
+    model = ("model_name", "v4-tiny")
+    before = counted()
+    body = ASK | {"max_tokens": 4, "ignore_eos": True, "n": 2}
+    usage = post(served, "/v1/chat/completions", body).json()["usage"]
+    after = counted()
+    for name, more in (
+        (("vllm:generation_tokens_total", model), 8),
+        (("vllm:prompt_tokens_total", model), 2 * usage["prompt_tokens"]),
+        (("vllm:request_success_total", ("finished_reason", "length"), model), 2),
+        (("vllm:time_to_first_token_seconds_count", model), 2),
+        (("vllm:inter_token_latency_seconds_count", model), 6),
+        (("vllm:e2e_request_latency_seconds_count", model), 2),
+    ):
+        assert after[name] - before[name] == more, name
+    assert after["v4_ascend_ranks_ready", model] == after["v4_ascend_ready", model] == 1
+    assert after["v4_ascend_step_seconds_sum", model] > before["v4_ascend_step_seconds_sum", model]
+
+
+def test_every_metric_of_the_dashboard_is_exported(served):
+    board = json.loads((ROOT / "configs/grafana.json").read_text())
+    queries = [t["expr"] for p in board["panels"] for t in p["targets"]]
+    queries += [v["query"] for v in board["templating"]["list"]]
+    asked = {m for q in queries for m in re.findall(r"\b(?:vllm:|v4_ascend_)\w+", q)}
+    assert len(asked) > 15
+    wait_for(lambda: "imbalance{" in httpx.get(f"{served.url}/metrics").text, seconds=20)
+    names = {key[0] for key in exported(httpx.get(f"{served.url}/metrics").text)}
+    assert asked - names == set()
+
+
+def test_the_log_has_a_line_for_each_request(served):
+    body = ASK | {"max_tokens": 2, "ignore_eos": True, "stream": True}
+    post(served, "/v1/chat/completions", body, **{"X-Request-Id": "log-1"})
+    post(served, "/v1/messages", {"no": 1}, **{"X-Request-Id": 'bad "id'})
+    log = (served.folder / "state/v4-ascend/apis/front.log").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    (line,) = [line for line in lines if line["request_id"] == "log-1"]
+    assert (line["path"], line["status"]) == ("/v1/chat/completions", 200)
+    assert (line["completion_tokens"], line["event"]) == (2, "request")
+    assert lines[-1]["request_id"].startswith("req_")

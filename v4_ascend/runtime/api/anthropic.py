@@ -43,6 +43,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         wanted = await service.chat(messages_ask(body))
         service.dispatcher.require_room(1)
         answer = _Answer(body.model, Usage.of(wanted))
+        request.state.usage = answer.usage
         if not body.stream:
             return await unless_gone(request, _whole(service, wanted, answer))
         chunks = _stream(service, wanted, answer, request.state.request_id)

@@ -87,6 +87,7 @@ async def _respond(
 ) -> Response | dict[str, Any]:
     service.dispatcher.require_room(body.n)
     envelope = Envelope(body.model, wanted.is_chat, service.fingerprint, Usage.of(wanted, body.n))
+    request.state.usage = envelope.usage
     if not body.stream:
         return await unless_gone(request, _whole(service, wanted, body.n, envelope))
     chunks = _stream(service, wanted, body.n, envelope, include_usage=body.includes_usage)

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from v4_ascend.runtime.api.log import log_json
+from v4_ascend.runtime.api.usage import Usage
 
 _GOOD = re.compile(r"[\x21-\x7e]{1,128}")
 _QUIET = {"/health", "/ready", "/metrics", "/ranks"}  # asked all the time, by machines
@@ -43,6 +44,7 @@ class RequestIds:
             await self._app(scope, receive, named)
         finally:
             if scope["path"] not in _QUIET:
+                usage: Usage | None = scope["state"].get("usage")
                 log_json(
                     "request",
                     request_id=request_id,
@@ -50,5 +52,6 @@ class RequestIds:
                     path=scope["path"],
                     status=status,
                     seconds=round(time.monotonic() - start, 4),
-                    **scope["state"].get("log", {}),
+                    prompt_tokens=usage.n_prompt if usage is not None else None,
+                    completion_tokens=usage.n_completion if usage is not None else None,
                 )

@@ -35,6 +35,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         wanted = await service.chat(responses_ask(body))
         service.dispatcher.require_room(1)
         answer = _Answer(body, raw, Usage.of(wanted))
+        request.state.usage = answer.usage
         if not body.stream:
             return await unless_gone(request, _whole(service, wanted, answer))
         return StreamingResponse(_stream(service, wanted, answer), media_type="text/event-stream")

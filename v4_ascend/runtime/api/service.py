@@ -17,6 +17,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.api.ask import Answer, Ask
 from v4_ascend.runtime.api.controls import Controls
+from v4_ascend.runtime.api.metrics import Metrics
 from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
 from v4_ascend.runtime.guide import GuideFactory
@@ -50,6 +51,7 @@ class Service:
             n_in_flight=self.plan.parallel.pp_size,
         )
         self.dispatcher = Dispatcher(scheduler, state, self.plan)
+        self.metrics = Metrics(self.plan, self.dispatcher)
 
     @property
     def fingerprint(self) -> str:
@@ -204,8 +206,17 @@ class Service:
         queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
 
         async def pump(choice: int) -> None:
-            async for event in run_choice(self.dispatcher, self.tokenizer, wanted, choice):
-                queue.put_nowait(event)
+            timing, reason = self.metrics.begin(len(wanted.prompt_ids)), "error"
+            try:
+                async for event in run_choice(self.dispatcher, self.tokenizer, wanted, choice):
+                    timing.token()
+                    reason = event.finish or reason
+                    queue.put_nowait(event)
+            except asyncio.CancelledError:
+                reason = "abort" if reason == "error" else reason
+                raise
+            finally:
+                timing.end(reason)
 
         def ended(task: asyncio.Task[None]) -> None:
             # Every end is told, a failure of ours too: nobody may wait for a dead task.
