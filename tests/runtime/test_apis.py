@@ -11,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_deploy import ROOT, Box, wait_for
 
 from v4_ascend.chat import ChatTokenizer
+from v4_ascend.runtime.conformance.cases import CASES
+from v4_ascend.runtime.conformance.endpoint import CaseFailedError, Endpoint
 
 KEY = "secret-1"
 WEATHER = {
@@ -346,3 +348,58 @@ def test_the_log_has_a_line_for_each_request(served):
     assert (line["path"], line["status"]) == ("/v1/chat/completions", 200)
     assert (line["completion_tokens"], line["event"]) == (2, "request")
     assert lines[-1]["request_id"].startswith("req_")
+
+
+def test_our_server_passes_every_case(served):
+    done = served.run("conformance", served.url, "--api-key", KEY, "--json", timeout=300)
+    told = json.loads(done.stdout)
+    assert (told["diagnostics"], done.returncode) == ([], 0)
+    # An answer that may have many calls has no end a random model would surely come to.
+    passed = {c["case"] for c in told["data"]["cases"] if c["status"] == "passed"}
+    assert set(CASES) - passed <= {"a required call is made"}
+
+
+def through(served, change):
+    """A client that sees what our server says, with something changed on the way."""
+
+    def handle(request):
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        url = f"{served.url}{request.url.path}"
+        answer = httpx.request(
+            request.method, url, content=request.content, headers=headers, timeout=60
+        )
+        status, text = change(answer.status_code, answer.text)
+        kind = {"Content-Type": answer.headers["content-type"]}
+        return httpx.Response(status, text=text, headers=kind)
+
+    transport = httpx.MockTransport(handle)
+    return httpx.Client(transport=transport, base_url="http://test/v1")
+
+
+FAULTS = [
+    ("an answer counts its tokens", r'"total_tokens": ?\d+', '"total_tokens": 1', "tokens is 1"),
+    ("an answer counts its tokens", r'"content": ?""}', '"content": "<｜x"}', "markup in"),
+    ("an answer counts its tokens", r"data: .DONE.", "", "without .DONE."),
+    ("an answer counts its tokens", r'"finish_reason": ?"\w+"', '"finish_reason": null', "finish"),
+    ("parallel tool calls can be switched off", r'Köln|北京', "Berlin", "city is 'Berlin'"),
+    ("bad requests are refused", r'"type": ?"inv\w+"', '"type": 1', "error.type is not a string"),
+    ("tool choice none calls nothing", r'"role": ?"assistant"',
+     '"role": "assistant", "tool_calls": [{}]', "calls are"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "pattern", "instead", "says"), FAULTS)
+def test_a_wrong_server_fails_the_case(served, name, pattern, instead, says):
+    def change(status, text):
+        return status, re.sub(pattern, instead, text)
+
+    with through(served, change) as client, pytest.raises(CaseFailedError, match=says):
+        CASES[name](Endpoint(client, "v4-tiny"))
+
+
+def test_a_server_that_takes_everything_fails(served):
+    def change(status, text):
+        return 200, text
+
+    with through(served, change) as client, pytest.raises(CaseFailedError, match="must be 400"):
+        CASES["bad requests are refused"](Endpoint(client, "v4-tiny"))
