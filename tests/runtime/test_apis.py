@@ -403,3 +403,34 @@ def test_a_server_that_takes_everything_fails(served):
 
     with through(served, change) as client, pytest.raises(CaseFailedError, match="must be 400"):
         CASES["bad requests are refused"](Endpoint(client, "v4-tiny"))
+
+
+def test_bench_serve_measures_what_was_asked(served, tmp_path):
+    size = ("--num-prompts", "5", "--input-len", "20", "--output-len", "6")
+    size += ("--max-concurrency", "2")
+    where = ("--url", served.url, "--model", "v4-tiny", "--api-key", KEY, "--out", tmp_path)
+    done = served.run("bench", "serve", *where, *size, "--goodput", "e2el:60000", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["data"]
+    assert (result["completed"], result["input_lens"]) == (5, [20] * 5)
+    assert result["output_lens"] == [6] * 5
+    assert result["request_goodput"] == result["request_throughput"]
+    assert 0 < result["p50_ttft_ms"] <= result["p99_ttft_ms"] <= result["p99_e2el_ms"]
+    assert result["output_throughput"] == pytest.approx(30 / result["duration"])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<polyline") >= 3
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_bench_serve_from_a_file_in_open_loop_and_with_errors(served, tmp_path):
+    file = tmp_path / "p.jsonl"
+    long = json.dumps({"prompt": "x" * 4000, "output_len": 2})
+    file.write_text('{"prompt": "a", "output_len": 2}\n' + long + "\n")
+    where = ("--url", served.url, "--model", "v4-tiny", "--api-key", KEY, "--prompts", file)
+    rate = ("--num-prompts", "4", "--request-rate", "20", "--json")
+    done = served.run("bench", "serve", *where, *rate)
+    assert done.returncode == 1
+    assert "2 of 4 requests failed: status 400" in done.stderr
+    result = json.loads(done.stdout)["data"]
+    assert (result["completed"], result["output_lens"]) == (2, [2, 0, 2, 0])
