@@ -15,6 +15,7 @@ from v4_ascend.runtime.conformance.cases import CASES
 from v4_ascend.runtime.conformance.endpoint import CaseFailedError, Endpoint
 
 KEY = "secret-1"
+PER_MINUTE = 400
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "enum": ["Ulm", "Köln"]}, "n": {"enum": [1, 2]}},
@@ -33,7 +34,7 @@ def served(tmp_path_factory):
     done = box.run("init", "--preset", "tiny", "--format", "fp32", "--out", box.folder / "tiny")
     assert done.returncode == 0, done.stderr
     settings = (f"serve.api_keys=[{KEY},slow]", "serve.max_body_bytes=60000", "name=apis")
-    settings += ("serve.max_model_len=3000",)
+    settings += ("serve.max_model_len=3000", f"serve.requests_per_minute={PER_MINUTE}")
     options = [word for s in settings for word in ("--set", s)]
     done = box.run("deploy", "--topology", box.topology, *options, "--detach")
     assert done.returncode == 0, done.stderr
@@ -280,6 +281,18 @@ def test_every_api_wants_a_key_and_a_body_that_is_not_too_large(served, path):
     large = post(served, path, {"x": "y" * 60_000}, **{"X-Api-Key": KEY})
     assert large.status_code == 413
     assert "more than 60000 bytes" in large.json()["error"]["message"]
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_again(served):
+    headers = {"Authorization": "Bearer slow"}
+    with httpx.Client(base_url=served.url, headers=headers) as client:
+        for _ in range(3 * PER_MINUTE):
+            answer = client.post("/detokenize", json={"tokens": [5]})
+            if answer.status_code != 200:
+                break
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert post(served, "/detokenize", {"tokens": [5]}).status_code == 200
 
 
 def test_clients_raise_their_own_errors(served):

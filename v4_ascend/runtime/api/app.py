@@ -62,6 +62,11 @@ def make_app(service: Service) -> FastAPI:
     async def unknown(request: Request, e: HTTPException) -> JSONResponse:
         return await refuse(request, RequestError(str(e.detail), status=e.status_code))
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, e: Exception) -> JSONResponse:
+        # The log has the traceback; to the client it is our fault and no more.
+        return await refuse(request, RequestError(f"internal: {type(e).__name__}", status=500))
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}

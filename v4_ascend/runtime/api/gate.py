@@ -85,6 +85,12 @@ class Gate:
                     status=413,
                 )
         try:
-            return json.loads(body)
+            value = json.loads(body)
+            if b"\\u" in body or b"\xed" in body:  # the only ways to write half a surrogate pair
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            found = f"U+{ord(str(e.object)[e.start]):04X}"
+            raise RequestError(f"the body has {found}, half a surrogate pair: no text") from e
         except (ValueError, RecursionError) as e:
             raise RequestError(f"the body is not JSON: {e}") from e
+        return value

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from v4_ascend.errors import RequestError
 from v4_ascend.runtime.api.controls import parse_body
 from v4_ascend.runtime.api.gate import Gate
 from v4_ascend.runtime.api.openai import chat_ask
@@ -47,7 +46,7 @@ def router(service: Service, gate: Gate) -> APIRouter:
         else:
             body = parse_body(TokenizeBody, raw)
             first = [service.config.bos_token_id] if body.add_special_tokens else []
-            ids = [*first, *service.tokenizer.encode_plain(_encodable(body.prompt))]
+            ids = [*first, *service.tokenizer.encode_plain(body.prompt)]
         return {"count": len(ids), "max_model_len": service.plan.max_model_len, "tokens": ids}
 
     @routes.post("/detokenize")
@@ -57,12 +56,3 @@ def router(service: Service, gate: Gate) -> APIRouter:
         return {"prompt": service.tokenizer.decode(body.tokens)}
 
     return routes
-
-
-def _encodable(text: str) -> str:
-    """Refuse half of a surrogate pair: JSON can say one, the tokenizer cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise RequestError(f"prompt: character {e.start} is half a pair", param="prompt") from None
-    return text
