@@ -71,6 +71,9 @@ class Plan(_Frozen):
     kernels: Literal["fast", "reference"]
     fallback: Literal["error", "reference"]
     api_keys: tuple[str, ...]
+    requests_per_minute: int | None
+    max_body_bytes: int
+    cors_origins: tuple[str, ...]
 
     @property
     def slots_per_group(self) -> int:
@@ -155,4 +158,7 @@ def plan_of(
         kernels=t.runtime.kernels,
         fallback=t.runtime.fallback,
         api_keys=serve.api_keys,
+        requests_per_minute=serve.requests_per_minute,
+        max_body_bytes=serve.max_body_bytes,
+        cors_origins=serve.cors_origins,
     )

@@ -168,7 +168,7 @@ def test_completions(client):
             400,
             "13.. tokens, max_model_len is 1200",
         ),
-        ({"tool_choice": "required"}, 400, "tool_choice: 'required' is not supported yet"),
+        ({"tool_choice": "required"}, 400, "tool_choice: 'required' needs tools"),
         ({"frequency_penalty": 2.5}, 400, "frequency_penalty: .* 2, got 2.5"),
         ({"min_p": -0.1}, 400, "min_p: .* 0, got -0.1"),
         ({"top_k": -2}, 400, "top_k: .* -1, got -2"),

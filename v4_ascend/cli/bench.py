@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from v4_ascend.cli.bench_serve import serve_command
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
 
@@ -21,6 +23,7 @@ class Against(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command group to the app."""
+    bench.command("serve")(serve_command)
     app.add_typer(bench, name="bench")
 
 

@@ -178,6 +178,8 @@ class Serve(Section):
     are those of all requests together whose compressed rows are kept, by default `concurrency`
     times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
     group; 0 computes every prompt whole.
+    `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
+    of `cors_origins` may call the API.
     """
 
     max_model_len: int = Field(ge=1)
@@ -189,6 +191,9 @@ class Serve(Section):
     workload: Workload = Workload()
     memory_utilisation: float = Field(default=0.92, gt=0, le=1)
     api_keys: tuple[str, ...] = ()
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    cors_origins: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
     cache_tokens: int | None = Field(default=None, ge=1)
     prefix_snapshots: int = Field(default=16, ge=0)

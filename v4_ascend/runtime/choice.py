@@ -41,6 +41,7 @@ class Event:
     deltas: Sequence[Delta]
     sampled: Sampled
     finish: FinishReason | None
+    stop: str | None = None  # the stop string that ended it, if one did
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,6 @@ async def run_choice(
                 piece += tail if stopped else tail + matcher.finish()
             finish: FinishReason | None = "stop" if stopped else token.finish
             deltas = [*parser.feed(piece), *(parser.finish() if finish else [])]
-            yield Event(choice, deltas, token.sampled, finish)
+            yield Event(choice, deltas, token.sampled, finish, matcher.matched)
             if finish:
                 return

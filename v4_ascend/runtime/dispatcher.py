@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ class Dispatcher:
     state: Path
     plan: Plan
     health: Health = field(default_factory=Health)
+    observe_step: Callable[[float], None] = lambda _: None  # sees the seconds of each step
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.plan)
@@ -239,7 +240,8 @@ class Dispatcher:
         parts.append(result)
         if len(parts) < self._n_answers:
             return
-        del self._parts[result.number], self._sent[result.number]
+        del self._parts[result.number]
+        self.observe_step(time.monotonic() - self._sent.pop(result.number))
         whole = StepResult(result.number, [s for p in parts for s in p.sampled])
         for token in self.scheduler.apply(whole):
             if token.request in self._queues:

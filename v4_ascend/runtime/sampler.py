@@ -38,7 +38,8 @@ class Shaper:
         self._counts = torch.zeros(vocab_size, device=device)
         n_prompt = len(rules.before) - rules.n_drawn
         self._is_seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self._is_seen[torch.tensor(rules.before[:n_prompt], dtype=torch.int64)] = True
+        prompt = torch.tensor(rules.before[:n_prompt], dtype=torch.int64, device=device)
+        self._is_seen[prompt] = True
         self._count(rules.before[n_prompt:])
         biased = rules.logit_bias
         self._biased = torch.tensor(list(biased), dtype=torch.int64, device=device)

@@ -98,6 +98,16 @@ class Scheduler:
         """Requests waiting or running."""
         return len(self._waiting) + len(self._running)
 
+    @property
+    def cache_usage(self) -> float:
+        """Part of the pages that running requests use."""
+        return 1 - sum(p.n_free for p in self.pools) / sum(p.n_pages for p in self.pools)
+
+    @property
+    def n_cached(self) -> int:
+        """Pages that hold a known prefix."""
+        return sum(p.n_cached for p in self.pools)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
