@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import bench, checkpoint, deploy, fit, operators, parity, plan, ranktable, shard
+from v4_ascend.cli import (
+    bench,
+    checkpoint,
+    convert,
+    deploy,
+    fit,
+    operators,
+    parity,
+    plan,
+    ranktable,
+    shard,
+)
 from v4_ascend.errors import V4AscendError
 
 app = typer.Typer(
@@ -20,6 +31,7 @@ app = typer.Typer(
 
 bench.register(app)
 checkpoint.register(app)
+convert.register(app)
 deploy.register(app)
 operators.register(app)
 parity.register(app)

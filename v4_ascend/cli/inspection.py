@@ -128,6 +128,11 @@ def facts(config: ModelConfig, report: Inspection) -> dict[str, object]:
 
 
 def _formats(config: ModelConfig) -> str:
+    if config.quant_types:
+        kinds = dict(config.quant_types)
+        rest = sorted({k for place, k in kinds.items() if place != "ffn.experts"})
+        experts = kinds.get("ffn.experts", config.dtype)
+        return f"{config.dtype} with {' and '.join(rest)}, experts {experts}"
     return f"{config.quantization or config.dtype}, experts {config.expert_dtype or config.dtype}"
 
 

@@ -74,7 +74,7 @@ def _types(raw: Mapping[str, Any], where: str) -> Types:
             raise ConfigError(
                 where, f"{name} is {kind}, another {place} is {found[place]}; they must be alike"
             )
-    return tuple((place, kind) for place, kind in sorted(found.items()) if kind in QUANT_TYPES)  # type: ignore[misc]
+    return tuple((place, kind) for place, kind in sorted(found.items()) if kind in QUANT_TYPES)
 
 
 def describe(names: Iterable[str], types: Types) -> dict[str, Any]:
