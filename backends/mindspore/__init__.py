@@ -30,7 +30,7 @@ def _proof() -> Proof:
 
 
 _GEMM = "MindSpore has no FP8 or FP4 product on its CPU target, and none for MXFP4 at all"
-_INT8 = "INT8 checkpoints run on A2 and A3; MindSpore's QuantBatchMatmul has no CPU target"
+_INT8 = "INT8 checkpoints are made for A2 and A3; no MindSpore kernel is written for them"
 _MOVES = "moves rows and computes nothing; MindSpore would only copy what torch has"
 
 MINDSPORE = Backend(
