@@ -133,13 +133,13 @@ def encode(stored: Stored, x: torch.Tensor, importance: torch.Tensor | None) -> 
         case "W4A8_DYNAMIC":
             value, scale = _by_channel(x, INT4_MAX, importance)
             n_columns = stored.specs["scale_bias"].shape[1]
-            products = (value * scale).unflatten(-1, (n_columns, -1))
+            sums = value.unflatten(-1, (n_columns, -1)).sum(-1, dtype=torch.float32)
             return {
                 "weight": formats.pack_int4_rows(value),
                 "weight_scale": scale,
                 "weight_offset": _zeros(scale),
                 # The kernel takes 8 from the low half of each INT8 activation to make it signed.
-                "scale_bias": 8 * products.sum(-1),
+                "scale_bias": 8 * sums * scale,
             }
 
 

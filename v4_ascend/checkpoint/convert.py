@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from v4_ascend.checkpoint.folder import INDEX, CheckpointFolder
 from v4_ascend.checkpoint.manifest import FileEntry, FileRecord, Manifest, Source
@@ -55,7 +52,7 @@ class Conversion(Writing):
         progress: Progress = lambda done, total: None,
     ) -> Written:
         """Write the folder, as `Writing.run`; torch gets one thread for each worker."""
-        with one_thread():
+        with self.recoding.alone():
             return super().run(out, resume=resume, workers=workers, progress=progress)
 
     def make(self, file: RankFile, out: Path, moved: Moved) -> FileRecord:
@@ -69,14 +66,3 @@ class Conversion(Writing):
         total = sum(f.data_bytes for f in self.files)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         return made | {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: workers share the cores, and sums are made in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

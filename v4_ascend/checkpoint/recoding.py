@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -76,6 +77,16 @@ class Recoding:
             else None,
         }
         return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let torch use one thread: workers share the cores, and sums are made in one order."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def files(self) -> list[RankFile]:
         """Lay out one file for each file of the checkpoint."""

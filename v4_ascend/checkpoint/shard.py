@@ -7,6 +7,7 @@ or, with a `Recoding`, converted on the way.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from v4_ascend.checkpoint.copying import copy_file, link_file
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.manifest import FileEntry, FileRecord, Manifest, Source
 from v4_ascend.checkpoint.rank_files import RankFile, rank_files
-from v4_ascend.checkpoint.writing import Moved, Writing
+from v4_ascend.checkpoint.writing import Moved, Progress, Writing, Written
 from v4_ascend.supernode.holdings import layout_digest
 from v4_ascend.supernode.plan import Plan
 
@@ -66,6 +67,18 @@ class Sharding(Writing):
             is_linked=self.is_linked,
             format=self.recoding.name if self.recoding else None,
         )
+
+    def run(
+        self,
+        out: Path,
+        *,
+        resume: bool = False,
+        workers: int = 2,
+        progress: Progress = lambda done, total: None,
+    ) -> Written:
+        """Write the folder, as `Writing.run`."""
+        with self.recoding.alone() if self.recoding else nullcontext():
+            return super().run(out, resume=resume, workers=workers, progress=progress)
 
     def make(self, file: RankFile, out: Path, moved: Moved) -> FileRecord:
         """Copy, convert or link one file."""

@@ -61,10 +61,11 @@ def recipe_for(format: Format, soc: Soc | None, name: str | None) -> Recipe | No
     for recipe in of_format:
         if soc in (None, *recipe.socs) and name in (None, recipe.name):
             return recipe
+    named = f" {name}" if name else ""
     there = ", ".join(f"{r.name} for {' and '.join(r.socs)}" for r in of_format)
     raise ConfigError(
         "--recipe" if name else "--soc",
-        f"no recipe {name or ''} to {format} for {soc or 'any chip'}; there is {there}",
+        f"no recipe{named} to {format} for {soc or 'any chip'}; there is {there}",
     )
 
 

@@ -203,14 +203,15 @@ def _int8_by_int4(
     check.shape(len(x), per_token_scale=x_scale)
     check.shape(e, n, bias=bias)
     factor = (scale & 0xFFFFFFFF).to(torch.int64).numpy().astype("uint32").view("float32")
-    shifts = torch.arange(0, 32, 4)
-    nibbles = (weight.long().unsqueeze(-1) >> shifts & 15).flatten(-2)
-    values = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
-    high = torch.div(x.long(), 16, rounding_mode="floor")
-    low = x.long() - 16 * high - 8
+    to_top = torch.arange(28, -1, -4, dtype=torch.int32)  # of 32 bits: shifted back, signed
+    high = (x >> 4).float()
+    low = (x & 15).float() - 8
     y = torch.full((len(x), n), float("nan"), dtype=torch.bfloat16)
     for i, mine in enumerate(groups):
-        sums = 16 * (high[mine].float() @ values[i]) + low[mine].float() @ values[i]
+        if mine.start == mine.stop:
+            continue
+        values = ((weight[i].unsqueeze(-1) << to_top) >> 28).flatten(-2).float()
+        sums = 16 * (high[mine] @ values) + low[mine] @ values
         wide = sums * torch.from_numpy(factor[i, 0]) + bias[i]
         y[mine] = (wide * x_scale[mine].unsqueeze(-1)).bfloat16()
     return y
