@@ -204,9 +204,9 @@ def test_a_converted_checkpoint_is_complete_and_says_what_it_did(tmp_path, check
         error = got - want
         assert told.values == want.size
         assert told.n_changed == np.count_nonzero(error)
-        assert told.max_error == pytest.approx(np.abs(error).max(), rel=1e-5)
-        assert told.rms_error == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
-        assert told.rms == pytest.approx(np.sqrt((want**2).mean()), rel=1e-5)
+        assert told.max_error == pytest.approx(np.abs(error).max(), rel=1e-4)
+        assert told.rms_error == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
+        assert told.rms == pytest.approx(np.sqrt((want**2).mean()), rel=1e-4)
 
 
 def test_the_description_names_every_tensor_as_vllm_ascend_looks_it_up(tmp_path, checkpoint):

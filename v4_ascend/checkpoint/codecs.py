@@ -98,13 +98,23 @@ def decode(stored: Stored, parts: Parts) -> torch.Tensor:
         case "fp8":
             return formats.dequantize_fp8_block(weight, parts["scale"])
         case "fp4":
-            return formats.dequantize_fp4(weight, parts["scale"])
+            return _fp4_values(weight, parts["scale"])
         case "W8A8_MXFP8":
             return formats.dequantize_groups(weight, parts["weight_scale"].view(formats.E8M0))
         case "W8A8_DYNAMIC":
             return weight.float() * parts["weight_scale"]
         case "W4A8_DYNAMIC":
             return formats.unpack_int4_rows(weight).float() * parts["weight_scale"]
+
+
+def _fp4_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return fp4 values by bits: a code at the top of fp16's mantissa is the value by 2^14."""
+    byte = packed.view(torch.uint8).to(torch.int16)
+    low = ((byte & 0x07) << 9) | ((byte & 0x08) << 12)
+    high = ((byte & 0x70) << 5) | ((byte & 0x80) << 8)
+    value = torch.stack((low, high), -1).flatten(-2).view(torch.float16).float().mul_(2**14)
+    grouped = value.unflatten(-1, (-1, FP4_GROUP))
+    return (grouped * formats.scale_to_float(scale).unsqueeze(-1)).flatten(-2)
 
 
 def encode(stored: Stored, x: torch.Tensor, importance: torch.Tensor | None) -> Parts:
@@ -226,6 +236,16 @@ def _fp4_as_fp8(packed: torch.Tensor, exponent: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(value).view(formats.FP8)
 
 
+def _fp8_to_fp8(target: Stored, parts: Parts) -> Parts | None:
+    """Change the dtype of the scales alone."""
+    weight, scale = parts["weight"], parts["scale"]
+    if target.specs["scale"].dtype == "F32":
+        return {"weight": weight, "scale": formats.scale_to_float(scale)}
+    narrow = formats.ceil_to_e8m0(scale)
+    is_exact = torch.equal(formats.scale_to_float(narrow), scale)
+    return {"weight": weight, "scale": narrow} if is_exact else None
+
+
 def _fp8_to_mxfp8(target: Stored, parts: Parts) -> Parts | None:
     weight, scale = parts["weight"], parts["scale"]
     narrow = scale if scale.dtype == formats.E8M0 else formats.ceil_to_e8m0(scale)
@@ -238,6 +258,7 @@ def _fp8_to_mxfp8(target: Stored, parts: Parts) -> Parts | None:
 
 _LOSSLESS: dict[tuple[Kind, Kind], Callable[[Stored, Parts], Parts | None]] = {
     ("fp4", "fp8"): _fp4_to_fp8,
+    ("fp8", "fp8"): _fp8_to_fp8,
     ("fp4", "W8A8_MXFP8"): _fp4_to_mxfp8,
     ("fp8", "W8A8_MXFP8"): _fp8_to_mxfp8,
 }

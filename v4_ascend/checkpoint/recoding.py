@@ -42,7 +42,7 @@ from v4_ascend.supernode.holdings import Held, Part
 CHUNK_VALUES = 1 << 19  # of a weight at a time: what is made of them stays near the core's cache
 T = TypeVar("T", TensorSpec, TensorHeader)
 FORMAT_KEYS = ("quantization_config", "expert_dtype", "torch_dtype", "dtype", "quantize")
-DIGITS = 6  # of error statistics: sums in another order agree in so many
+DIGITS = 5  # of error statistics: sums in another order agree in so many
 
 
 class Recoding:
@@ -262,9 +262,10 @@ class _Sums:
         error = y - x
         self.values += x.numel()
         self.n_changed += int(error.count_nonzero())
-        self.largest = max(self.largest, float(error.abs().max()))
-        self.of_errors += float(error.square().sum(dtype=torch.float64))
-        self.of_values += float(x.square().sum(dtype=torch.float64))
+        low, high = error.aminmax()
+        self.largest = max(self.largest, -float(low), float(high))
+        self.of_errors += _squares(error)
+        self.of_values += _squares(x)
 
     def errors(self, base: str) -> TensorErrors:
         n = max(self.values, 1)
@@ -276,6 +277,11 @@ class _Sums:
             rms_error=_shortened((self.of_errors / n) ** 0.5),
             rms=_shortened((self.of_values / n) ** 0.5),
         )
+
+
+def _squares(x: torch.Tensor) -> float:
+    """Sum squares: fp32 along a row, fp64 over the rows."""
+    return float(torch.linalg.vector_norm(x, dim=-1).double().square().sum())
 
 
 def _shortened(x: float) -> float:
