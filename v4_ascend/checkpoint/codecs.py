@@ -177,7 +177,7 @@ def _by_channel(
 
 
 def _rounded(x: torch.Tensor, scale: torch.Tensor, most: int) -> torch.Tensor:
-    return (x / scale).round().clamp(-most, most)
+    return (x / scale).round_().clamp_(-most, most)
 
 
 def lossless(source: Stored, target: Stored, parts: Parts) -> Parts | None:
