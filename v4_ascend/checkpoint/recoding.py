@@ -55,7 +55,8 @@ class Recoding:
         recipe: Recipe | None,
         calibration: Path | None = None,
     ) -> None:
-        self.folder, self.name, self.recipe = folder, format, recipe
+        self.folder, self.recipe = folder, recipe
+        self.name: str = format
         self.config: ModelConfig = in_weights(folder.config, format, recipe)
         self._sources = _by_base(folder.headers.values())
         self._importance = _read_calibration(calibration, self._sources) if calibration else {}

@@ -1,7 +1,7 @@
 """Lay a checkpoint out for a plan: each rank's tensors in files of its own, in reading order.
 
 Bytes are copied as they are, through a small buffer for each worker, without a tensor library;
-or, with a `Recoding`, converted on the way.
+or, with a `Recoder`, converted on the way.
 """
 
 from __future__ import annotations
@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from v4_ascend.checkpoint.copying import copy_file, link_file
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.manifest import FileEntry, FileRecord, Manifest, Source
 from v4_ascend.checkpoint.rank_files import RankFile, rank_files
-from v4_ascend.checkpoint.writing import Moved, Progress, Writing, Written
+from v4_ascend.checkpoint.writing import Moved, Progress, Recoder, Writing, Written
 from v4_ascend.supernode.holdings import layout_digest
 from v4_ascend.supernode.plan import Plan
-
-if TYPE_CHECKING:  # it imports torch
-    from v4_ascend.checkpoint.recoding import Recoding
 
 
 class Sharding(Writing):
@@ -34,7 +30,7 @@ class Sharding(Writing):
         plan: Plan,
         *,
         is_linked: bool = False,
-        recoding: Recoding | None = None,
+        recoding: Recoder | None = None,
     ) -> None:
         super().__init__(folder)
         self.plan, self.is_linked, self.recoding = plan, is_linked, recoding

@@ -12,12 +12,13 @@ import os
 import shutil
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -36,6 +37,7 @@ from v4_ascend.checkpoint.manifest import (
     write_whole,
 )
 from v4_ascend.checkpoint.rank_files import RankFile
+from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import CheckpointError, ConfigError, ShardError
 
 COPIED = (".json", ".jinja", ".model", ".txt")  # config, tokenizer, and what else is beside them
@@ -54,6 +56,27 @@ class Written:
     manifest: Manifest
     n_kept: int
     bytes_written: int
+
+
+class Recoder(Protocol):
+    """What converts tensors on the way; `checkpoint.recoding` has it, with torch."""
+
+    name: str
+    config: ModelConfig
+
+    def sources(self, file: RankFile) -> set[Path]:
+        """Return the files of the checkpoint that a file is made of."""
+
+    def make(self, file: RankFile, out: Path, moved: Moved) -> FileRecord:
+        """Write one file."""
+
+    def others(
+        self, copies: Mapping[str, bytes], entries: Iterable[FileEntry], out: Path
+    ) -> Mapping[str, bytes]:
+        """Return what lies beside the tensors."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Have the cores shared among workers alone."""
 
 
 class Writing(ABC):
