@@ -21,6 +21,7 @@ from v4_ascend.config.inventory import (
     model_tensors,
 )
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import DERIVED_ENDINGS, ENDINGS, base_of
 from v4_ascend.supernode.plan import Plan, Rank, experts_of
 
 # The dimension TP splits, weights and their scales alike.
@@ -150,7 +151,9 @@ def _hold(held: dict[str, Held], whole: Iterable[Held], plan: Plan, rank: Rank) 
         name = h.spec.name
         dim = SPLIT_DIM.get(_place(name)) if p.tp_size > 1 else None
         # With the tokens split instead of the heads, a rank attends with all heads.
-        if dim is None or (p.dsa_cp and name.endswith("attn_sink")):
+        # A scale for each output belongs to every part of the inputs.
+        is_by_row = dim == 1 and h.spec.shape[1] == 1
+        if dim is None or is_by_row or (p.dsa_cp and name.endswith("attn_sink")):
             held[name] = h
             continue
         part = Part(dim, rank.rank % p.tp_size, p.tp_size)
@@ -202,12 +205,12 @@ def _layer_reads(config: ModelConfig, layer: int) -> _LayerReads:
     at = f"layers.{layer}." if stage < 0 else f"mtp.{stage}."
     tensors = [
         TensorSpec(at + t.name.removeprefix("layer."), t.dtype, t.shape)
-        for t in layer_tensors(config, layer)
+        for t in _read_by_models(layer_tensors(config, layer))
     ]
-    one = {t.name.removeprefix("expert."): t for t in expert_tensors(config)}
+    one = {t.name.removeprefix("expert."): t for t in _read_by_models(expert_tensors(config))}
     experts = [f"{at}ffn.experts.{e}." for e in range(config.n_routed_experts)]
-    w13 = [(n, one[n]) for w in ("w1", "w3") for n in (f"{w}.weight", f"{w}.scale") if n in one]
-    w2 = [(n, one[n]) for n in ("w2.weight", "w2.scale") if n in one]
+    w13 = [(n, t) for w in ("w1", "w3") for n, t in one.items() if base_of(n) == w]
+    w2 = [(n, t) for n, t in one.items() if base_of(n) == "w2"]
 
     def of(expert: str, parts: Sequence[tuple[str, TensorSpec]]) -> tuple[Held, ...]:
         return tuple(Held(TensorSpec(expert + n, t.dtype, t.shape), None) for n, t in parts)
@@ -224,15 +227,19 @@ def _layer_reads(config: ModelConfig, layer: int) -> _LayerReads:
 
 
 def _ordered(tensors: Iterable[TensorSpec]) -> tuple[Held, ...]:
-    """Put tensors in reading order, a weight before its scale."""
+    """Put tensors in reading order, a weight before its scales."""
 
-    def key(t: TensorSpec) -> tuple[int, bool]:
-        return READ_ORDER.index(_place(t.name)), t.name.endswith(".scale")
+    def key(t: TensorSpec) -> tuple[int, int]:
+        ending = t.name.rpartition(".")[2]
+        return READ_ORDER.index(_place(t.name)), ENDINGS.index(ending) if ending in ENDINGS else 0
 
     return tuple(Held(t, None) for t in sorted(tensors, key=key))
 
 
+def _read_by_models(tensors: Iterable[TensorSpec]) -> Iterable[TensorSpec]:
+    return (t for t in tensors if not t.name.endswith(DERIVED_ENDINGS))
+
+
 def _place(name: str) -> str:
-    """Name a tensor without its layer, and without .weight or .scale."""
-    place = name.split(".", 2)[2] if name.startswith(("layers.", "mtp.")) else name
-    return place.removesuffix(".weight").removesuffix(".scale")
+    """Name a tensor without its layer and its ending."""
+    return base_of(name.split(".", 2)[2] if name.startswith(("layers.", "mtp.")) else name)

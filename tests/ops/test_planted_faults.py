@@ -62,6 +62,22 @@ def _takes_the_next_expert(right, weight, weight_scale, **rest):
     return right(weight=as_bytes.roll(1, 0).view(weight.dtype), weight_scale=scale, **rest)
 
 
+@_fault("int8_act_quant")
+def _cuts_int8_instead_of_rounding(right, x):
+    _, scale = right(x)
+    return (x.float() / scale.clamp_min(1e-30).unsqueeze(-1)).trunc().to(torch.int8), scale
+
+
+@_fault("int8_gemm")
+def _forgets_the_channels_scale(right, b_scale, **rest):
+    return right(b_scale=b_scale.mean().expand_as(b_scale), **rest)
+
+
+@_fault("grouped_int8_gemm")
+def _takes_the_next_int8_expert(right, weight, **rest):
+    return right(weight=weight.roll(1, 0), **rest)
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

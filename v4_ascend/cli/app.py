@@ -12,6 +12,7 @@ from v4_ascend.cli import (
     bench,
     checkpoint,
     conformance,
+    convert,
     deploy,
     fit,
     operators,
@@ -32,6 +33,7 @@ app = typer.Typer(
 bench.register(app)
 checkpoint.register(app)
 conformance.register(app)
+convert.register(app)
 deploy.register(app)
 operators.register(app)
 parity.register(app)

@@ -10,6 +10,7 @@ import torch
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import DERIVED_ENDINGS
 from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
@@ -41,7 +42,7 @@ def load_model(
     """
     checkpoint.require_complete()
     if held is None:
-        headers = checkpoint.headers.values()
+        headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
         total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
     else:
         total = bytes_read(held)
