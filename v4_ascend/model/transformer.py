@@ -149,11 +149,11 @@ class MTP:
             hnorm=read_plain(source, f"{at}.hnorm", torch.float32),
             block=Block.read(source, at, config, config.n_layers + stage, numerics, shard),
             head=Head(
-                Mixer.read(source, f"{at}.hc_head"),
-                read_plain(source, f"{at}.norm", torch.float32),
-                head,
-                config,
-                shard.tp,
+                norm=read_plain(source, f"{at}.norm", torch.float32),
+                hc=Mixer.read(source, f"{at}.hc_head"),
+                weight=head,
+                config=config,
+                tp=shard.tp,
             ),
         )
 
