@@ -7,6 +7,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from broken_bodies import broken
 from prometheus_client.parser import text_string_to_metric_families
 from test_deploy import ROOT, Box, wait_for
 
@@ -293,6 +294,14 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_again(served):
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert post(served, "/detokenize", {"tokens": [5]}).status_code == 200
+
+
+def test_no_body_is_the_servers_fault(served):
+    """A sample; the whole of it: python tests/runtime/broken_bodies.py."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for path, body, what in broken(80, seed=1):
+        answer = httpx.post(f"{served.url}{path}", content=body, headers=headers, timeout=60)
+        assert answer.status_code < 500, f"{what}: {answer.text}"
 
 
 def test_clients_raise_their_own_errors(served):

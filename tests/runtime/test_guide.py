@@ -204,7 +204,10 @@ def test_with_the_official_tokenizer_a_marker_in_text_is_no_marker():
     [
         ({"name": 'a"b'}, "the name 'a\"b' cannot be written"),
         ({"name": "f", "parameters": {"properties": {"<": {}}}}, "the name '<' cannot be"),
-        ({"name": "f", "parameters": {"required": ["y"]}}, "requires 'y', which it does not"),
+        ({"name": "f", "parameters": {"required": ["y"]}}, "required has 'y', which properties"),
+        ({"name": "f", "parameters": {"required": [{}]}}, "required has {}, which properties"),
+        ({"name": "f", "parameters": {"properties": [1]}}, "must be an object, got [1]"),
+        ({"name": "f", "parameters": {"properties": {"a": {"enum": 1}}}}, "must be a list, got 1"),
     ],
 )
 def test_what_cannot_be_a_grammar_is_refused(tokenizer, tool, says):

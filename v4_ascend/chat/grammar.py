@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from v4_ascend.chat.strings import DSML, THINK_END, TOOL_CALLS_BLOCK
 from v4_ascend.errors import RequestError
@@ -24,6 +24,7 @@ TEXT: /(?s:.*)/ & ~/(?s:.*{DSML}.*)/
 TEXT_AND_OPENING: /(?s:.*)\n\n</ & ~/(?s:.*{DSML}.*)/
 VALUE_AND_CLOSING: /(?s:.*)<\// & ~/(?s:.*{DSML}.*)/
 """
+K = TypeVar("K")
 Piece = dict[str, Any]  # one of llguidance's grammars: `json_schema` or `lark_grammar`
 
 
@@ -114,10 +115,12 @@ class _Writer:
 
     def _arguments(self, index: int, tool: Mapping[str, Any]) -> str:
         """Write parameters in the order of the schema; a call without any has a blank line."""
-        schema = tool.get("parameters") or {}
-        properties, required = schema.get("properties") or {}, schema.get("required") or ()
-        if unknown := [key for key in required if key not in properties]:
-            _refuse(f"function {tool['name']!r} requires {unknown[0]!r}, which it does not define")
+        where = f"function {tool['name']!r}: parameters"
+        schema = _of_kind(tool.get("parameters") or {}, dict, where)
+        properties = _of_kind(schema.get("properties") or {}, dict, f"{where}.properties")
+        required = _of_kind(schema.get("required") or [], list, f"{where}.required")
+        if unknown := [key for key in required if key not in list(properties)]:
+            _refuse(f"{where}.required has {unknown[0]!r}, which properties have not")
         names: list[str] = []
         for key, value in properties.items():
             names.append(f"call{index}_{len(names)}")
@@ -144,7 +147,9 @@ class _Writer:
             ways.append(value("true", f'({" | ".join(map(_quoted, text))}) "</"'))
         if other is not None:
             shared = {k: root[k] for k in ("$defs", "definitions") if k in root}
-            named = self.piece(json_piece(other if other is True else {**shared, **other}))
+            named = self.piece(
+                json_piece({**shared, **other} if isinstance(other, Mapping) else other)
+            )
             ways.append(value("false", f'{named} "</"'))
         return " | ".join(ways)
 
@@ -160,12 +165,21 @@ def _split(schema: Any) -> tuple[Literal[True] | list[str], Any]:
     kinds = kinds if isinstance(kinds, list) else [kinds]
     given = [schema["const"]] if "const" in schema else schema.get("enum")
     if given is not None:
+        _of_kind(given, list, "enum")
+    if given is not None:
         rest = [v for v in given if not isinstance(v, str)]
         return [v for v in given if isinstance(v, str)], {"enum": rest} if rest else None
     if "string" not in kinds:
         return [], schema
     others = [k for k in kinds if k != "string"]
     return True, {**schema, "type": others} if others else None
+
+
+def _of_kind(value: Any, kind: type[K], where: str) -> K:
+    if not isinstance(value, kind):
+        name = "a list" if kind is list else "an object"
+        _refuse(f"{where} must be {name}, got {json.dumps(value)[:60]}")
+    return value
 
 
 def _quoted(text: str) -> str:

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from v4_ascend.errors import RequestError
-from v4_ascend.runtime.api.ask import EFFORTS, Ask
+from v4_ascend.runtime.api.ask import Ask, effort_of
 from v4_ascend.runtime.api.controls import Controls
 from v4_ascend.runtime.api.openai_bodies import answer_of_format
 
@@ -79,11 +79,8 @@ def conversation(
         "auto": "auto", "none": "none", "any": "required", "tool": "required",
     }  # fmt: skip
     kind, named = body.tool_choice.get("type"), body.tool_choice.get("name")
-    if kind not in kinds or (kind == "tool") != isinstance(named, str):
+    if not isinstance(kind, str) or kind not in kinds or (kind == "tool") != isinstance(named, str):
         _refuse("tool_choice", f"must be auto, any, none or tool with a name, got {kind!r}")
-    effort = body.output_config.get("effort")
-    if effort is not None and effort not in EFFORTS:
-        _refuse("output_config.effort", f"must be one of {', '.join(EFFORTS)}, got {effort!r}")
     shape = body.output_config.get("format")
     return Ask(
         messages=list(_messages(body)),
@@ -94,7 +91,7 @@ def conversation(
         named_tool=named,
         are_calls_parallel=not body.tool_choice.get("disable_parallel_tool_use", False),
         thinking=body.thinking.get("type") != "disabled",
-        effort=EFFORTS[effort] if effort is not None else None,
+        effort=effort_of(body.output_config.get("effort"), "output_config.effort"),
         answer=answer_of_format(shape, "output_config.format") if shape is not None else None,
     )
 
@@ -117,13 +114,19 @@ def _user(blocks: list[_Block], where: str) -> Iterator[dict[str, Any]]:
     for i, block in enumerate(blocks):
         here, extra = f"{where}[{i}]", block.model_extra or {}
         if block.type == "tool_result":
-            content = extra.get("content", "")
-            if isinstance(content, list):
-                content = [_Block.model_validate(b) for b in content]
-            text = _text(content, f"{here}.content")
+            text = _text(_result(extra.get("content", ""), f"{here}.content"), f"{here}.content")
             yield {"role": "tool", "tool_call_id": extra.get("tool_use_id"), "content": text}
         else:
             yield {"role": "user", "content": _text([block], here)}
+
+
+def _result(content: Any, where: str) -> str | list[_Block]:
+    if isinstance(content, str):
+        return content
+    try:
+        return [_Block.model_validate(b) for b in content]
+    except (TypeError, ValidationError):
+        _refuse(where, "must be a string or a list of blocks")
 
 
 def _assistant(content: str | list[_Block], where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from v4_ascend.chat import Effort
 from v4_ascend.chat.grammar import Piece
+from v4_ascend.errors import RequestError
 from v4_ascend.runtime.api.controls import Controls
 
 # OpenAI's and Anthropic's words, and what the official encoder makes of them.
@@ -45,3 +46,18 @@ class Ask:
     def offered(self) -> Sequence[dict[str, Any]]:
         """The tools the prompt tells of."""
         return [] if self.tool_choice == "none" else self.tools
+
+
+def effort_of(word: Any, param: str) -> Effort | None:
+    """Read an effort; None where none is given.
+
+    Raises:
+        RequestError: it is no effort.
+    """
+    if word is None or word == "none":
+        return None
+    if not isinstance(word, str) or word not in EFFORTS:
+        raise RequestError(
+            f"{param}: must be one of {', '.join(EFFORTS)}, got {word!r}", param=param
+        )
+    return EFFORTS[word]

@@ -85,7 +85,7 @@ class Gate:
                     status=413,
                 )
         try:
-            value = json.loads(body)
+            value = json.loads(body, parse_float=_finite, parse_constant=_finite)
             if b"\\u" in body or b"\xed" in body:  # the only ways to write half a surrogate pair
                 json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
@@ -94,3 +94,11 @@ class Gate:
         except (ValueError, RecursionError) as e:
             raise RequestError(f"the body is not JSON: {e}") from e
         return value
+
+
+def _finite(text: str) -> float:
+    """Read a number; JSON has no NaN and no infinity, and answers could not repeat them."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value

@@ -131,8 +131,10 @@ class CompletionBody(_Body):
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
 
-def answer_of_format(response_format: Mapping[str, Any], param: str) -> Answer | None:
+def answer_of_format(response_format: Any, param: str) -> Answer | None:
     """Read OpenAI's ``response_format``; None where any text will do."""
+    if not isinstance(response_format, Mapping):
+        raise RequestError(f"{param}: must be an object with a type", param=param)
     kind = response_format.get("type")
     if kind == "text":
         return None

@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field
 
 from v4_ascend.errors import RequestError
-from v4_ascend.runtime.api.ask import EFFORTS, Ask
+from v4_ascend.runtime.api.ask import Ask, effort_of
 from v4_ascend.runtime.api.controls import Controls
 from v4_ascend.runtime.api.openai_bodies import answer_of_format
 
@@ -46,9 +46,7 @@ def responses_ask(body: ResponsesBody) -> Ask:
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(body, name):
             _refuse(name, "no response is kept here; send the whole input, and wait for the answer")
-    effort = body.reasoning.get("effort") or "none"
-    if effort != "none" and effort not in EFFORTS:
-        _refuse("reasoning.effort", f"must be none or one of {', '.join(EFFORTS)}, got {effort!r}")
+    effort = effort_of(body.reasoning.get("effort"), "reasoning.effort")
     shape = body.text.get("format")
     choice = body.tool_choice
     return Ask(
@@ -59,8 +57,8 @@ def responses_ask(body: ResponsesBody) -> Ask:
         tool_choice=choice if isinstance(choice, str) else "required",
         named_tool=None if isinstance(choice, str) else _named(choice),
         are_calls_parallel=body.parallel_tool_calls,
-        thinking=effort != "none",
-        effort=EFFORTS.get(effort),
+        thinking=effort is not None,
+        effort=effort,
         answer=answer_of_format(shape, "text.format") if shape is not None else None,
     )
 
