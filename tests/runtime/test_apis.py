@@ -60,6 +60,18 @@ def post(served, path, body, **headers):
     return httpx.post(f"{served.url}{path}", json=body, headers=headers, timeout=60)
 
 
+def test_an_answer_ends_when_the_time_it_was_given_is_over(served, client):
+    late = post(served, "/v1/chat/completions", ASK | {"max_tokens": 2000, "timeout": 0.2})
+    assert late.status_code == 408
+    assert late.headers["x-should-retry"] == "false"
+    assert late.json()["error"]["message"] == "timeout: 0.2 s are over"
+    soon = client.chat.completions.create(**ASK, max_tokens=2, extra_body={"priority": -1})
+    assert soon.usage.completion_tokens == 2
+    wrong = post(served, "/v1/chat/completions", ASK | {"priority": 2000})
+    assert wrong.status_code == 400
+    assert "priority" in wrong.json()["error"]["message"]
+
+
 def require_weather(arguments):
     value = json.loads(arguments) if isinstance(arguments, str) else arguments
     assert value["city"] in ("Ulm", "Köln")

@@ -53,6 +53,8 @@ class Wanted:
     sampling: Sampling
     rules: Rules | None
     stops: Sequence[str]
+    priority: int
+    timeout_s: float | None
     thinking: bool
     tools: bool
     is_chat: bool
@@ -67,7 +69,14 @@ async def run_choice(
     s = wanted.sampling
     seed = (s.seed + choice * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
     sampling = msgspec.structs.replace(s, seed=seed)
-    generated = dispatcher.generate(wanted.prompt_ids, wanted.max_tokens, sampling, wanted.rules)
+    generated = dispatcher.generate(
+        wanted.prompt_ids,
+        wanted.max_tokens,
+        sampling,
+        wanted.rules,
+        priority=wanted.priority,
+        timeout_s=wanted.timeout_s,
+    )
     async with aclosing(generated) as tokens:  # type: ignore[type-var]  # it is a generator
         async for token in tokens:
             is_eos = token.sampled.token_id == tokenizer.eos_id

@@ -121,13 +121,18 @@ class Dispatcher:
         max_tokens: int,
         sampling: Sampling,
         rules: Rules | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Token]:
         """Yield tokens as they are drawn; leaving the iterator early frees the slot.
 
         Raises:
-            RequestError: the queue is full (429), the ranks are not there (503) or died (500).
+            RequestError: the queue is full (429), the ranks are not there (503) or died (500), or
+                the time is up (408).
         """
         self.require_room(1)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         request_id = next(self._ids)
         self.scheduler.add(
             Request(
@@ -136,6 +141,7 @@ class Dispatcher:
                 max_tokens=max_tokens,
                 sampling=sampling,
                 rules=rules,
+                priority=priority,
             )
         )
         queue: asyncio.Queue[Token | RequestError] = asyncio.Queue()
@@ -143,7 +149,7 @@ class Dispatcher:
         self._work.set()
         try:
             while True:
-                token = await queue.get()
+                token = await _next(queue, deadline, timeout_s)
                 if isinstance(token, RequestError):
                     raise token
                 yield token
@@ -285,3 +291,13 @@ class Dispatcher:
         self._parts, self._sent = {}, {}
         for request_id in self.scheduler.abandon():
             self._refuse(request_id, RequestError(f"the model stopped: {reason}", status=500))
+
+
+async def _next(
+    queue: asyncio.Queue[Token | RequestError], deadline: float | None, timeout_s: float | None
+) -> Token | RequestError:
+    left = None if deadline is None else deadline - time.monotonic()
+    try:
+        return await asyncio.wait_for(queue.get(), left)
+    except TimeoutError as e:
+        raise RequestError(f"timeout: {timeout_s:g} s are over", param="timeout", status=408) from e

@@ -54,6 +54,8 @@ def make_app(service: Service) -> FastAPI:
     @app.exception_handler(RequestError)
     async def refuse(request: Request, e: RequestError) -> JSONResponse:
         headers = {"Retry-After": str(e.retry_after)} if e.retry_after is not None else None
+        if e.status == 408:  # what the request itself asked for; clients would try again
+            headers = {"X-Should-Retry": "false"}
         is_anthropic = request.url.path.startswith(anthropic.PREFIX)
         body = anthropic_error(e, request.state.request_id) if is_anthropic else openai_error(e)
         return JSONResponse(body, status_code=e.status, headers=headers)

@@ -32,6 +32,8 @@ class Controls(BaseModel):
     min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     stop: str | list[str] | None = None
+    priority: int = Field(default=0, ge=-1000, le=1000)  # lower ones go first
+    timeout: float | None = Field(default=None, gt=0)  # seconds for the whole answer
 
     @property
     def stops(self) -> list[str]:

@@ -158,6 +158,8 @@ class Service:
             "prompt_ids": prompt_ids,
             "max_tokens": max_tokens,
             "stops": controls.stops,
+            "priority": controls.priority,
+            "timeout_s": controls.timeout,
             "rules": self._rules(controls, prompt_ids, max_tokens, grammar),
         }
 
