@@ -168,7 +168,7 @@ def index_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     threshold = scores.topk(topk, dim=-1).values[:, -1:]
     above, equal = scores > threshold, scores == threshold
     vacant = topk - above.sum(-1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(-1) <= vacant))
+    chosen = above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= vacant))
     ids = chosen.nonzero()[:, 1].view(len(scores), topk)
     return ids.masked_fill(scores.gather(-1, ids) == NEG_INF, -1).int()
 
