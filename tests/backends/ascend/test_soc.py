@@ -69,6 +69,7 @@ def test_each_chip_gets_the_attention_its_build_has():
         ("910_9391", "a3"),
         ("ascend910c", "a3"),
         ("A3", "a3"),
+        ("ascend-a2-64", "a2"),
     ],
 )
 def test_a_chip_has_many_names(name, chip):
