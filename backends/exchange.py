@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.ops import Group, moe_combine, moe_dispatch
+from v4_ascend.ops import Group, act_quant, moe_combine, moe_dispatch
+from v4_ascend.ops.formats import E8M0, FP8, dequantize_groups
+from v4_ascend.ops.moe import DISPATCH_GROUP
 
 FEW_RANKS = 3  # up to here, gathering is one exchange instead of three and moves as much
 
 
 def _why_not_dispatch(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> str | None:
     return _why_not(group)
 
@@ -37,7 +44,12 @@ def register(backend: str) -> None:
 
 
 def exchange_tokens(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Send each token to the ranks of its experts, with its choices and weights."""
     if n_experts % group.size:
@@ -53,7 +65,9 @@ def exchange_tokens(
     choices = torch.cat((token.unsqueeze(1), ids[token]), dim=1).int()
     header = torch.cat((choices, weights[token].view(torch.int32)), dim=1)
     headers = torch.cat(list(group.all_to_all(header.split(leaving), arriving)))
-    rows = torch.cat(list(group.all_to_all(x[token].split(leaving), arriving)))
+    leave = _packed(x)[token] if fp8 else x[token]
+    rows = torch.cat(list(group.all_to_all(leave.split(leaving), arriving)))
+    rows = _unpacked(rows, x) if fp8 else rows
     first = tokens_per_rank.cumsum(0) - tokens_per_rank
     of_rank = torch.repeat_interleave(first, torch.tensor(arriving)).to(x.device)
     pair = ((headers[:, 0] + of_rank) * topk).unsqueeze(1) + torch.arange(topk, device=x.device)
@@ -66,6 +80,17 @@ def exchange_tokens(
     row_weights = headers[:, 1 + topk :].contiguous().view(torch.float32).flatten()[taken]
     sizes = torch.bincount(flat, minlength=local)
     return rows[taken // topk], row_weights, sizes, pair.flatten()[taken], tokens_per_rank
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """Round rows [n, dim] to FP8, and put their scales behind them: [n, dim + dim / 128] bytes."""
+    values, scales = act_quant(x, DISPATCH_GROUP)
+    return torch.cat((values.view(torch.uint8), scales.view(torch.uint8)), dim=1)
+
+
+def _unpacked(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    values, scales = rows.split((like.shape[1], like.shape[1] // DISPATCH_GROUP), dim=1)
+    return dequantize_groups(values.view(FP8), scales.view(E8M0)).to(like.dtype)
 
 
 def exchange_rows(

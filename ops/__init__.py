@@ -10,6 +10,7 @@ from v4_ascend.ops.gemm import fp4_gemm, fp8_gemm, grouped_gemm
 from v4_ascend.ops.hadamard import hadamard
 from v4_ascend.ops.hyper_connection import hc_head, hc_post, hc_pre
 from v4_ascend.ops.indexer import index_scores, index_select, index_topk
+from v4_ascend.ops.int8 import grouped_int8_gemm, int8_act_quant, int8_gemm
 from v4_ascend.ops.moe import Group, Solo, moe_combine, moe_dispatch, moe_permute, moe_unpermute
 from v4_ascend.ops.op import OPS, use_policy
 from v4_ascend.ops.records import RECORDS, store_rows
@@ -32,6 +33,7 @@ __all__ = [
     "fp8_gemm",
     "fp8_round_trip",
     "grouped_gemm",
+    "grouped_int8_gemm",
     "hadamard",
     "hash_gate",
     "hc_head",
@@ -41,6 +43,8 @@ __all__ = [
     "index_scores",
     "index_select",
     "index_topk",
+    "int8_act_quant",
+    "int8_gemm",
     "moe_combine",
     "moe_dispatch",
     "moe_permute",

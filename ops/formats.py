@@ -14,6 +14,8 @@ FP8 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
 FP8_MAX = 448.0
 FP4_MAX = 6.0
+INT8_MAX = 127
+MX_GROUP = 32
 FP8_AMAX_FLOOR = 1e-4  # kernel.py: keeps the scale of an all-zero group finite
 FP4_AMAX_FLOOR = 6.0 * 2.0**-126
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1 codes 0..7; bit 3 is the sign
@@ -83,11 +85,33 @@ def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((byte & 15, byte >> 4), dim=-1).flatten(-2)
 
 
+def pack_int4_rows(value: torch.Tensor) -> torch.Tensor:
+    """Pack int8 -8..7 [..., n, k] into int8 [..., n / 2, k], the even row in the low nibble."""
+    return (value[..., 0::2, :] & 15) | (value[..., 1::2, :] << 4)
+
+
+def unpack_int4_rows(packed: torch.Tensor) -> torch.Tensor:
+    """Values as int8 [..., n, k] of int8 bytes [..., n / 2, k], the low nibble first."""
+    low, high = (packed << 4) >> 4, packed >> 4  # both shifts keep the sign
+    return torch.stack((low, high), dim=-2).flatten(-3, -2)
+
+
 def spread_scale(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
     """Repeat block scales [..., ceil(o/bo), ceil(i/bi)] to fp32 [..., o, i]."""
     out_block, in_block = block
     wide = scale_to_float(scale).repeat_interleave(out_block, dim=-2)[..., : shape[-2], :]
     return wide.repeat_interleave(in_block, dim=-1)[..., : shape[-1]]
+
+
+def quantize_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise rows to int8 with one fp32 scale each, the largest magnitude by 127.
+
+    Shapes: x [..., n] any float, return values [..., n] int8, scale [...] fp32
+    """
+    wide = x.float()
+    scale = wide.abs().amax(-1) / INT8_MAX
+    scaled = wide / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+    return scaled.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8), scale
 
 
 def quantize_fp8_block(weight: torch.Tensor, block: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,6 +127,18 @@ def quantize_fp8_block(weight: torch.Tensor, block: int = 128) -> tuple[torch.Te
     tiles = padded.view(padded.shape[0] // block, block, -1, block)
     scale = fp8_scale(tiles.abs().amax(dim=(1, 3)))
     return round_to_fp8(weight.float() / spread_scale(scale, weight.shape, (block, block))), scale
+
+
+def is_mx(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether e4m3 [..., out, in] has a scale per row and 32 channels, not per 128 x 128."""
+    return scale.shape[-1] * MX_GROUP == weight.shape[-1]
+
+
+def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Weights in fp32 of e4m3 [..., out, in], in 128 x 128 blocks or MXFP8."""
+    if is_mx(weight, scale):
+        return dequantize_groups(weight, scale)
+    return dequantize_fp8_block(weight, scale)
 
 
 def dequantize_fp8_block(

@@ -19,6 +19,17 @@ SMALL = ((0, 128, 128), (1, 128, 256), (3, 200, 384))
 FLASH_PRO = ((33, 1024, 4096), (33, 1536, 7168))  # wq_a
 
 
+def _quantize_mxfp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return act_quant.reference(weight, formats.MX_GROUP)
+
+
+QUANTIZE = {
+    "fp8": formats.quantize_fp8_block,
+    "fp4": formats.quantize_fp4,
+    "mxfp8": _quantize_mxfp8,
+}
+
+
 def _activation(g: torch.Generator, n_tokens: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return act_quant.reference(torch.randn(n_tokens, k, generator=g), ACT_GROUP)
 
@@ -27,8 +38,7 @@ def _gemm_inputs(
     g: torch.Generator, m: int, n: int, k: int, weight: str, out_dtype: torch.dtype
 ) -> dict[str, Any]:
     a, a_scale = _activation(g, m, k)
-    quantize = formats.quantize_fp4 if weight == "fp4" else formats.quantize_fp8_block
-    b, b_scale = quantize(torch.randn(n, k, generator=g) * k**-0.5)
+    b, b_scale = QUANTIZE[weight](torch.randn(n, k, generator=g) * k**-0.5)
     return {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "out_dtype": out_dtype}
 
 
@@ -38,6 +48,9 @@ def _gemm_cases(weight: str) -> Iterator[Case]:
             name = f"{str(dtype).removeprefix('torch.')}-{m}x{n}x{k}"
             make = partial(_gemm_inputs, m=m, n=n, k=k, weight=weight, out_dtype=dtype)
             yield Case(name, make, models=OF_DIM[k] if m == 33 else ())
+    if weight == "fp8":
+        make = partial(_gemm_inputs, m=3, n=200, k=384, weight="mxfp8", out_dtype=BF16)
+        yield Case("mx-bfloat16-3x200x384", make)
 
 
 @op(cases=partial(_gemm_cases, "fp8"), tolerance=ROUNDED)
@@ -48,7 +61,7 @@ def fp8_gemm(
     b_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply FP8 activations with FP8 weights in 128 x 128 blocks: ``a @ b.T``.
+    """Multiply FP8 activations with FP8 weights, in 128 x 128 blocks or MXFP8: ``a @ b.T``.
 
     Sums are fp32 and rounded once. Scales are powers of two, so scaling the operands is
     exact and only the order of the sums is left to a kernel.
@@ -57,12 +70,12 @@ def fp8_gemm(
         a        [m, k]  e4m3, k a multiple of 128
         a_scale  [m, k / 128]  e8m0
         b        [n, k]  e4m3
-        b_scale  [ceil(n / 128), k / 128]  e8m0 or fp32
+        b_scale  [ceil(n / 128), k / 128]  e8m0 or fp32; [n, k / 32] e8m0 is MXFP8
         return   [m, n]  out_dtype
 
     Source: DeepSeek-V4 inference/kernel.py, fp8_gemm.
     """
-    product = formats.dequantize_groups(a, a_scale) @ formats.dequantize_fp8_block(b, b_scale).T
+    product = formats.dequantize_groups(a, a_scale) @ formats.dequantize_fp8(b, b_scale).T
     return product.to(out_dtype)
 
 
@@ -98,8 +111,7 @@ def _grouped_inputs(
     if weight == "plain":
         x = torch.randn(n_rows, k, generator=g).to(dtype)
         return inputs | {"x": x, "x_scale": None, "weight": plain.to(dtype), "weight_scale": None}
-    quantize = formats.quantize_fp4 if weight == "fp4" else formats.quantize_fp8_block
-    quantized = [quantize(w) for w in plain]
+    quantized = [QUANTIZE[weight](w) for w in plain]
     x, x_scale = _activation(g, n_rows, k)
     return inputs | {
         "x": x,
@@ -123,6 +135,9 @@ def _grouped_cases() -> Iterator[Case]:
                 make = partial(_grouped_inputs, sizes=sizes, n=n, k=k, weight=weight, dtype=dtype)
                 case = f"{weight}-{str(dtype).removeprefix('torch.')}-{name}"
                 yield Case(case, make, models=(name.split("-")[0],) if n >= 2048 else ())
+    sizes, n, k = shapes["odd"]
+    make = partial(_grouped_inputs, sizes=sizes, n=n, k=k, weight="mxfp8", dtype=BF16)
+    yield Case("mxfp8-bfloat16-odd", make)
 
 
 @op(cases=_grouped_cases, tolerance=ROUNDED)
@@ -143,7 +158,8 @@ def grouped_gemm(
         x             [n_rows, k]  bf16, fp32 or e4m3
         x_scale       [n_rows, k / 128]  e8m0, None for a plain weight
         weight        [n_experts, n, k] bf16, fp32 or e4m3; [n_experts, n, k / 2] int8
-        weight_scale  [n_experts, ceil(n / 128), k / 128] for e4m3, [n_experts, n, k / 32] for int8
+        weight_scale  [n_experts, ceil(n / 128), k / 128] for e4m3, [n_experts, n, k / 32] for
+                      int8 and for MXFP8
         group_sizes   [n_experts]  int64, rows of each expert; they sum to n_rows
         return        [n_rows, n]  out_dtype
 

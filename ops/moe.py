@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from v4_ascend.ops.act_quant import fp8_round_trip
 from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
+
+DISPATCH_GROUP = 128  # channels with one scale: those of the experts' products
 
 
 class Group(Protocol):
@@ -39,6 +43,10 @@ class Group(Protocol):
         """Send part r to rank r; return what each rank sent here, `sizes` rows of it."""
         ...
 
+    def noted(self, what: str, x: torch.Tensor) -> AbstractContextManager[None]:
+        """Note, for whoever asks what this rank waits for, an exchange made by other means."""
+        ...
+
 
 class Solo:
     """The group of one rank."""
@@ -62,6 +70,10 @@ class Solo:
     ) -> Sequence[torch.Tensor]:
         """Return the parts themselves."""
         return parts
+
+    def noted(self, what: str, x: torch.Tensor) -> AbstractContextManager[None]:
+        """Nobody waits for a rank that is alone."""
+        return nullcontext()
 
 
 def _ids(g: torch.Generator, n_tokens: int, n_experts: int, topk: int) -> torch.Tensor:
@@ -98,7 +110,9 @@ def _dispatch_inputs(
     g: torch.Generator, n_tokens: int, dim: int, n_experts: int, topk: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     inputs = _permute_inputs(g, n_tokens, dim, n_experts, topk, dtype)
-    return inputs | {"weights": torch.rand(n_tokens, topk, generator=g), "group": Solo()}
+    fp8 = dim % DISPATCH_GROUP == 0
+    weights = torch.rand(n_tokens, topk, generator=g)
+    return inputs | {"weights": weights, "group": Solo(), "fp8": fp8}
 
 
 def _combine_inputs(
@@ -145,12 +159,19 @@ def moe_unpermute(rows: torch.Tensor, source: torch.Tensor, topk: int) -> torch.
 
 @op(cases=partial(_cases, _dispatch_inputs), tolerance={})
 def moe_dispatch(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring to this rank the rows for its experts, from every rank of the group.
 
     Rank r holds experts [r * E, (r + 1) * E) with E = n_experts / group.size. Rows are
-    ordered by expert, then by the rank and token they came from.
+    ordered by expert, then by the rank and token they came from. With `fp8` they come as
+    `act_quant` rounds them, so that they may travel in a byte a value; experts that round
+    their input so see no difference, as rounding twice is rounding once.
 
     Shapes:
         x        [n_tokens, dim]; n_tokens may differ between ranks and be 0
@@ -160,11 +181,11 @@ def moe_dispatch(
                  source [n_rows] int64 (pair number over all ranks), tokens_per_rank [size] int64
 
     Raises:
-        ValueError: the group's size does not divide n_experts.
+        ValueError: the group's size does not divide n_experts; fp8 and 128 does not divide dim.
     """
     if n_experts % group.size:
         raise ValueError(f"ep_size ({group.size}) must divide n_routed_experts ({n_experts})")
-    all_x = group.all_gather(x)
+    all_x = group.all_gather(fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x)
     all_ids = torch.cat(list(group.all_gather(ids)))
     all_weights = torch.cat(list(group.all_gather(weights)))
     local = n_experts // group.size

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from v4_ascend.config.inventory import (
     TensorSpec,
@@ -20,6 +21,7 @@ from v4_ascend.config.inventory import (
     model_tensors,
 )
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import DERIVED_ENDINGS, ENDINGS, base_of
 from v4_ascend.supernode.plan import Plan, Rank, experts_of
 
 # The dimension TP splits, weights and their scales alike.
@@ -34,6 +36,7 @@ SPLIT_DIM = {
 # What a model asks for, in its order. A test compares it with what one does ask for.
 READ_ORDER = (
     "embed",
+    *("e_proj", "h_proj", "enorm", "hnorm"),
     "attn_norm",
     "ffn_norm",
     *(f"hc_{at}_{part}" for at in ("attn", "ffn") for part in ("fn", "scale", "base")),
@@ -114,17 +117,25 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
         _hold(held, of_layer.shared, plan, rank)
     if end == config.n_layers:
         _hold(held, reads.head, plan, rank)
+        for drafting in reads.mtp if plan.n_draft_tokens else ():
+            _hold(held, drafting.before, plan, rank)
+            held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w13[e]}
+            held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w2[e]}
+            _hold(held, drafting.shared, plan, rank)
+            _hold(held, drafting.head, plan, rank)
     return held
 
 
 def layout_digest(config: ModelConfig, plan: Plan) -> str:
     """Digest what decides which rank reads what: two plans of one layout read the same files."""
-    layout = {
+    layout: dict[str, Any] = {
         "parallel": plan.parallel.model_dump(mode="json"),
         "ranks": [(r.rank, r.layers, r.experts) for r in plan.ranks],
         "expert_placement": plan.expert_placement,
         "config": config.model_dump(mode="json"),
     }
+    if plan.n_draft_tokens:
+        layout["drafts"] = True
     return hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
 
 
@@ -140,7 +151,9 @@ def _hold(held: dict[str, Held], whole: Iterable[Held], plan: Plan, rank: Rank) 
         name = h.spec.name
         dim = SPLIT_DIM.get(_place(name)) if p.tp_size > 1 else None
         # With the tokens split instead of the heads, a rank attends with all heads.
-        if dim is None or (p.dsa_cp and name.endswith("attn_sink")):
+        # A scale for each output belongs to every part of the inputs.
+        is_by_row = dim == 1 and h.spec.shape[1] == 1
+        if dim is None or is_by_row or (p.dsa_cp and name.endswith("attn_sink")):
             held[name] = h
             continue
         part = Part(dim, rank.rank % p.tp_size, p.tp_size)
@@ -153,12 +166,16 @@ def _hold(held: dict[str, Held], whole: Iterable[Held], plan: Plan, rank: Rank) 
 
 @dataclass(frozen=True)
 class _LayerReads:
-    """One layer, in the order it is read: gate and up projections of all experts come first."""
+    """One layer, in the order it is read: gate and up projections of all experts come first.
+
+    A drafter has a `head` of its own.
+    """
 
     before: tuple[Held, ...]
     w13: tuple[tuple[Held, ...], ...]
     w2: tuple[tuple[Held, ...], ...]
     shared: tuple[Held, ...]
+    head: tuple[Held, ...]
 
 
 @dataclass(frozen=True)
@@ -166,54 +183,63 @@ class _Reads:
     embed: tuple[Held, ...]
     layers: tuple[_LayerReads, ...]
     head: tuple[Held, ...]
+    mtp: tuple[_LayerReads, ...]
 
 
 @lru_cache(maxsize=4)
 def _reads(config: ModelConfig) -> _Reads:
-    """Order the inventory once for all ranks: Pro has 145,116 tensors, a plan up to 8,192 ranks.
-
-    Nothing drafts yet, so MTP is left out.
-    """
+    """Order the inventory once for all ranks: Pro has 145,116 tensors, a plan up to 8,192 ranks."""
     outside = model_tensors(config)
     return _Reads(
         embed=_ordered(t for t in outside if t.name.startswith("embed.")),
         layers=tuple(_layer_reads(config, n) for n in range(config.n_layers)),
         head=_ordered(t for t in outside if not t.name.startswith("embed.")),
+        mtp=tuple(_layer_reads(config, config.n_layers + n) for n in range(config.n_mtp_layers))
+        if config.dspark is None
+        else (),
     )
 
 
 def _layer_reads(config: ModelConfig, layer: int) -> _LayerReads:
+    stage = layer - config.n_layers
+    at = f"layers.{layer}." if stage < 0 else f"mtp.{stage}."
     tensors = [
-        TensorSpec(f"layers.{layer}.{t.name.removeprefix('layer.')}", t.dtype, t.shape)
-        for t in layer_tensors(config, layer)
+        TensorSpec(at + t.name.removeprefix("layer."), t.dtype, t.shape)
+        for t in _read_by_models(layer_tensors(config, layer))
     ]
-    is_shared = [".shared_experts." in t.name for t in tensors]
-    one = {t.name.removeprefix("expert."): t for t in expert_tensors(config)}
-    experts = [f"layers.{layer}.ffn.experts.{e}." for e in range(config.n_routed_experts)]
-    w13 = [(n, one[n]) for w in ("w1", "w3") for n in (f"{w}.weight", f"{w}.scale") if n in one]
-    w2 = [(n, one[n]) for n in ("w2.weight", "w2.scale") if n in one]
+    one = {t.name.removeprefix("expert."): t for t in _read_by_models(expert_tensors(config))}
+    experts = [f"{at}ffn.experts.{e}." for e in range(config.n_routed_experts)]
+    w13 = [(n, t) for w in ("w1", "w3") for n, t in one.items() if base_of(n) == w]
+    w2 = [(n, t) for n, t in one.items() if base_of(n) == "w2"]
 
-    def of(at: str, parts: Sequence[tuple[str, TensorSpec]]) -> tuple[Held, ...]:
-        return tuple(Held(TensorSpec(at + n, t.dtype, t.shape), None) for n, t in parts)
+    def of(expert: str, parts: Sequence[tuple[str, TensorSpec]]) -> tuple[Held, ...]:
+        return tuple(Held(TensorSpec(expert + n, t.dtype, t.shape), None) for n, t in parts)
 
+    first_shared, head = READ_ORDER.index("ffn.shared_experts.w1"), READ_ORDER.index("head")
+    order = [(t, READ_ORDER.index(_place(t.name))) for t in tensors]
     return _LayerReads(
-        before=_ordered(t for t, shared in zip(tensors, is_shared, strict=True) if not shared),
+        before=_ordered(t for t, place in order if place < first_shared),
         w13=tuple(of(at, w13) for at in experts),
         w2=tuple(of(at, w2) for at in experts),
-        shared=_ordered(t for t, shared in zip(tensors, is_shared, strict=True) if shared),
+        shared=_ordered(t for t, place in order if first_shared <= place < head),
+        head=_ordered(t for t, place in order if place > head),
     )
 
 
 def _ordered(tensors: Iterable[TensorSpec]) -> tuple[Held, ...]:
-    """Put tensors in reading order, a weight before its scale."""
+    """Put tensors in reading order, a weight before its scales."""
 
-    def key(t: TensorSpec) -> tuple[int, bool]:
-        return READ_ORDER.index(_place(t.name)), t.name.endswith(".scale")
+    def key(t: TensorSpec) -> tuple[int, int]:
+        ending = t.name.rpartition(".")[2]
+        return READ_ORDER.index(_place(t.name)), ENDINGS.index(ending) if ending in ENDINGS else 0
 
     return tuple(Held(t, None) for t in sorted(tensors, key=key))
 
 
+def _read_by_models(tensors: Iterable[TensorSpec]) -> Iterable[TensorSpec]:
+    return (t for t in tensors if not t.name.endswith(DERIVED_ENDINGS))
+
+
 def _place(name: str) -> str:
-    """Name a tensor without its layer, and without .weight or .scale."""
-    place = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return place.removesuffix(".weight").removesuffix(".scale")
+    """Name a tensor without its layer and its ending."""
+    return base_of(name.split(".", 2)[2] if name.startswith(("layers.", "mtp.")) else name)

@@ -41,7 +41,9 @@ class Plan(_Frozen):
     """One deployment, decided. Its digest is the identity ranks agree on.
 
     `expert_placement` has, for each layer, the experts of each rank of an EP group by slot; None
-    means by number, as `Rank.experts` says.
+    means by number, as `Rank.experts` says. `cache_tokens` are those of all requests together
+    whose compressed rows fit; None is full length for each. A DP group can keep what lets
+    requests go on behind as many prefixes as it has `prefix_snapshots`.
     """
 
     schema_version: Literal[1] = 1
@@ -61,11 +63,17 @@ class Plan(_Frozen):
     max_model_len: int
     max_batch_size: int
     max_chunk: int
+    cache_tokens: int | None = None
+    prefix_snapshots: int = 16
+    n_draft_tokens: int = 0
     dtype: Literal["fp32", "bf16"] | None
     quant_sim: Literal["auto", "on", "off"]
     kernels: Literal["fast", "reference"]
     fallback: Literal["error", "reference"]
     api_keys: tuple[str, ...]
+    requests_per_minute: int | None
+    max_body_bytes: int
+    cors_origins: tuple[str, ...]
 
     @property
     def slots_per_group(self) -> int:
@@ -142,9 +150,15 @@ def plan_of(
         max_model_len=serve.max_model_len,
         max_batch_size=serve.concurrency,
         max_chunk=min(t.runtime.max_chunk, serve.max_model_len),
+        cache_tokens=serve.cache_tokens,
+        prefix_snapshots=serve.prefix_snapshots,
+        n_draft_tokens=serve.n_draft_tokens,
         dtype=t.runtime.dtype,
         quant_sim=t.runtime.quant_sim,
         kernels=t.runtime.kernels,
         fallback=t.runtime.fallback,
         api_keys=serve.api_keys,
+        requests_per_minute=serve.requests_per_minute,
+        max_body_bytes=serve.max_body_bytes,
+        cors_origins=serve.cors_origins,
     )

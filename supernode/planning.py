@@ -9,7 +9,7 @@ from v4_ascend.config.devices import DeviceProfile, WeightFormat
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig, Pool, Topology
-from v4_ascend.errors import ConfigError, PlanError
+from v4_ascend.errors import ConfigError, NotYetError, PlanError
 from v4_ascend.supernode.experts import ExpertLoad, by_number, place_layer
 from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.memory import Serving
@@ -252,12 +252,27 @@ def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
             "v4-ascend plan --explain has all reasons"
         )
     plan = plan_for(t, pool)
+    if plan.n_draft_tokens:
+        _require_drafter(t, config, plan.parallel)
     try:
         for stage in range(plan.parallel.pp_size):
             holdings(config, plan, plan.ranks[stage * plan.parallel.stage_size])
     except ValueError as e:
         raise ConfigError(t.where("layout"), str(e)) from e
     return plan
+
+
+def _require_drafter(t: Topology, config: ModelConfig, p: ParallelConfig) -> None:
+    """Refuse a drafter that cannot be run, or not with this layout."""
+    where = t.where("serve.n_draft_tokens")
+    if config.dspark is not None:
+        raise NotYetError(where, "serve.n_draft_tokens: a DSpark drafter: not yet; MTP modules are")
+    if p.pp_size > 1 or p.cp_size > 1:
+        raise NotYetError(
+            where,
+            f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; "
+            "pp_size and cp_size must be 1",
+        )
 
 
 def layout_name(p: ParallelConfig) -> str:

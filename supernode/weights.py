@@ -22,6 +22,7 @@ from v4_ascend.config.inventory import (
     n_draft_stages,
 )
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import base_of
 
 Group = Literal[
     "attention", "compressor", "indexer", "shared", "gate", "mixing", "drafter", "embed", "head"
@@ -95,7 +96,7 @@ def _linears(tensors: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
     joined: dict[str, list[TensorSpec]] = {}
     for t in tensors:
         name = t.name.partition(".")[2] if t.name.startswith(("layer.", "mtp.")) else t.name
-        joined.setdefault(name.removesuffix(".weight").removesuffix(".scale"), []).append(t)
+        joined.setdefault(base_of(name), []).append(t)
     return joined
 
 
@@ -120,6 +121,8 @@ def _sum(tensors: Iterable[TensorSpec], fmt: WeightFormat, name: str) -> int:
 
 def _bytes(name: str, parts: list[TensorSpec], fmt: WeightFormat) -> int:
     weight = parts[0]
+    if any(t.name.endswith(".weight_scale") for t in parts):
+        return sum(t.nbytes for t in parts)  # converted: it is what the engine keeps
     is_fp4 = weight.dtype == "I8"
     if fmt == "native" or not (is_fp4 or weight.dtype == "F8_E4M3" or _is_matrix(name, weight)):
         return sum(t.nbytes for t in parts)

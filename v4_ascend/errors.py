@@ -76,14 +76,25 @@ class RankTableError(ConfigError):
 
 
 class RequestError(V4AscendError):
-    """An API request is wrong; `param` names the field, `status` is the HTTP status."""
+    """An API request is wrong; `param` names the field, `status` is the HTTP status.
+
+    `retry_after` are the seconds after which the same request may be answered.
+    """
 
     exit_code = 2
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.retry_after = retry_after if retry_after or status not in (429, 503) else 1
 
 
 class PlanError(V4AscendError):

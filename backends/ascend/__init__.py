@@ -13,6 +13,7 @@ from v4_ascend.backends.ascend import gate as gate
 from v4_ascend.backends.ascend import gemm as gemm
 from v4_ascend.backends.ascend import hyper_connection as hyper_connection
 from v4_ascend.backends.ascend import indexer as indexer
+from v4_ascend.backends.ascend import int8 as int8
 from v4_ascend.backends.ascend import mc2 as mc2  # before moe: tried before it
 from v4_ascend.backends.ascend import moe as moe
 from v4_ascend.backends.ascend import norm_rope as norm_rope

@@ -11,7 +11,7 @@ import torch
 from v4_ascend.backends.ascend import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
-from v4_ascend.ops.formats import E8M0, ceil_to_e8m0, scale_to_float
+from v4_ascend.ops.formats import E8M0, ceil_to_e8m0, is_mx, scale_to_float
 from v4_ascend.ops.gemm import ACT_GROUP
 
 MX_PAIR = 64  # channels of two scales of 32, which lie side by side
@@ -49,7 +49,7 @@ def _act_scale(scale: torch.Tensor) -> torch.Tensor:
 @fp8_gemm.preparation("ascend")
 def keep_fp8_scale(b: torch.Tensor, b_scale: torch.Tensor) -> None:
     """Keep the MX layout of a weight's block scales."""
-    made = _block_scale(b_scale, b.shape[0])
+    made = _group_scale(b_scale) if is_mx(b, b_scale) else _block_scale(b_scale, b.shape[0])
     if made is not None:
         prepared.keep(b_scale, MX_SCALE, made)
 
@@ -65,8 +65,8 @@ def keep_experts_scale(weight: torch.Tensor, weight_scale: torch.Tensor | None) 
     """Keep the MX layout of all experts' scales."""
     if weight_scale is None:
         return
-    is_fp4 = weight.dtype == torch.int8
-    made = _group_scale(weight_scale) if is_fp4 else _block_scale(weight_scale, weight.shape[1])
+    is_grouped = weight.dtype == torch.int8 or is_mx(weight, weight_scale)
+    made = _group_scale(weight_scale) if is_grouped else _block_scale(weight_scale, weight.shape[1])
     if made is not None:
         prepared.keep(weight_scale, MX_SCALE, made)
 

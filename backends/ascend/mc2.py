@@ -21,7 +21,8 @@ from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.backends.ascend.soc import current_chip
 from v4_ascend.backends.exchange import exchange_tokens
 from v4_ascend.errors import BackendUnavailableError
-from v4_ascend.ops import Group, moe_combine, moe_dispatch
+from v4_ascend.ops import Group, fp8_round_trip, moe_combine, moe_dispatch
+from v4_ascend.ops.moe import DISPATCH_GROUP
 
 log = logging.getLogger(__name__)
 _proven: WeakSet[Any] = WeakSet()  # groups whose rows were seen to arrive in our order
@@ -41,7 +42,12 @@ class _Dispatched:
 
 
 def _why_no_dispatch(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> str | None:
     why = mc2_limits.why_no_call(
         current_chip(), x.dtype, x.shape[1], ids.shape[1], n_experts, group
@@ -57,7 +63,12 @@ def _why_no_chip() -> str | None:
 
 @moe_dispatch.kernel("ascend", provider="torch_npu", why_not=_why_no_dispatch)
 def distribute_dispatch(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Send rows by the vendor's operator, choices and weights by an all-gather.
 
@@ -75,7 +86,7 @@ def distribute_dispatch(
         if most and group.size not in _told:
             _told.add(group.size)
             log.info("moe_dispatch over %d ranks: all-to-all, first because %s", group.size, why)
-        return exchange_tokens(x, ids, weights, n_experts, group)
+        return exchange_tokens(x, ids, weights, n_experts, group, fp8)
     everyone = torch.cat(headers)
     flat = everyone[:, :topk].long().flatten() - group.rank * local
     mine = ((flat >= 0) & (flat < local)).nonzero().flatten()
@@ -84,6 +95,8 @@ def distribute_dispatch(
     tokens_per_rank = torch.tensor(counts)
     if group not in _proven:
         _prove_order(x, ids, source, tokens_per_rank, n_experts, group)
+    # The operator's own quantised modes have other scales; rounded rows travel as they are.
+    x = fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x
     rows, sizes, dispatched = _dispatch(x, ids, tokens_per_rank, n_experts, group)
     prepared.keep(source, "mc2", dispatched)
     return rows[: len(source)], row_weights, sizes, source, tokens_per_rank
@@ -112,24 +125,26 @@ def _dispatch(
     }
     # Experts weigh their rows before their last product: here every choice counts once.
     ones = torch.ones(most, topk, device=x.device) if limits.takes_scales else None
-    rows, _, info, sizes, counts, _, scales = torch_npu().npu_moe_distribute_dispatch_v2(
-        F.pad(x, (0, 0, 0, most - n)), padded_ids, expert_scales=ones, **call
-    )
+    with group.noted("npu_moe_distribute_dispatch_v2", x):
+        rows, _, info, sizes, counts, _, scales = torch_npu().npu_moe_distribute_dispatch_v2(
+            F.pad(x, (0, 0, 0, most - n)), padded_ids, expert_scales=ones, **call
+        )
     return rows, sizes, _Dispatched(call, padded_ids, len(rows), info, counts, scales)
 
 
-def _combine(rows: torch.Tensor, sent: _Dispatched) -> torch.Tensor:
+def _combine(rows: torch.Tensor, sent: _Dispatched, group: Group) -> torch.Tensor:
     """Sum every token's rows where it came from, in fp32, rounded to the rows' dtype."""
     takes_scales = mc2_limits.LIMITS[current_chip()].takes_scales
-    summed: torch.Tensor = torch_npu().npu_moe_distribute_combine_v2(
-        F.pad(rows, (0, 0, 0, sent.n_rows - len(rows))),
-        sent.ids,
-        sent.info,
-        sent.counts,
-        torch.ones(sent.ids.shape, device=rows.device),
-        expand_scales=sent.scales if takes_scales else None,
-        **sent.call,
-    )
+    with group.noted("npu_moe_distribute_combine_v2", rows):
+        summed: torch.Tensor = torch_npu().npu_moe_distribute_combine_v2(
+            F.pad(rows, (0, 0, 0, sent.n_rows - len(rows))),
+            sent.ids,
+            sent.info,
+            sent.counts,
+            torch.ones(sent.ids.shape, device=rows.device),
+            expand_scales=sent.scales if takes_scales else None,
+            **sent.call,
+        )
     return summed
 
 
@@ -155,7 +170,7 @@ def _prove_order(
     at = pair_token - (ends - tokens_per_rank.to(x.device))[rank]
     want = torch.stack((at // 256, at % 256, rank // 256, rank % 256), dim=1)
     # Never a dispatch without its combine.
-    back = _combine(rows[: len(source)], sent)[: len(x)]
+    back = _combine(rows[: len(source)], sent, group)[: len(x)]
     summed = (tags.float() * ids.shape[1]).to(x.dtype)
     if not torch.equal(got, want) or not torch.equal(back, summed):
         raise BackendUnavailableError(
@@ -181,4 +196,4 @@ def distribute_combine(
 ) -> torch.Tensor:
     """Take rows back the way they came."""
     sent: _Dispatched = prepared.get(source, "mc2")
-    return _combine(rows, sent)[: int(tokens_per_rank[group.rank])].float()
+    return _combine(rows, sent, group)[: int(tokens_per_rank[group.rank])].float()

@@ -10,7 +10,15 @@ import torch
 
 from v4_ascend.backends import exchange
 from v4_ascend.backends.ascend.custom_ops import torch_npu
-from v4_ascend.ops import Group, moe_combine, moe_dispatch, moe_permute, moe_unpermute
+from v4_ascend.ops import (
+    Group,
+    fp8_round_trip,
+    moe_combine,
+    moe_dispatch,
+    moe_permute,
+    moe_unpermute,
+)
+from v4_ascend.ops.moe import DISPATCH_GROUP
 
 COUNTS, SOURCE_OF_ROW = 1, 1  # expert_tokens_num_type, row_idx_type
 MAX_TOPK = 512
@@ -47,7 +55,12 @@ def init_routing(
 
 
 def _why_no_gather(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> str | None:
     many = group.size > exchange.FEW_RANKS
     return f"{group.size} ranks: all-to-all moves less" if many else None
@@ -55,12 +68,17 @@ def _why_no_gather(
 
 @moe_dispatch.kernel("ascend", provider="torch_npu", why_not=_why_no_gather)
 def gather_and_route(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n_experts: int, group: Group
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather every rank's tokens and sort those of this rank's experts."""
     if n_experts % group.size:
         raise ValueError(f"ep_size ({group.size}) must divide n_routed_experts ({n_experts})")
-    parts = list(group.all_gather(x))
+    parts = list(group.all_gather(fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x))
     everyone, all_ids = torch.cat(parts), torch.cat(list(group.all_gather(ids)))
     row_weights = torch.cat(list(group.all_gather(weights))).flatten()
     local = n_experts // group.size

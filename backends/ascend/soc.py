@@ -174,6 +174,23 @@ TABLE: tuple[Row, ...] = (
         "OPD npu_grouped_matmul", _ALL,
     ),
     Row(
+        "int8_act_quant", CHIPS, "dynamic_quant", "npu::npu_dynamic_quant", "bf16",
+        "OPD npu_dynamic_quant", _ALL,
+    ),
+    Row(
+        "int8_gemm", CHIPS, "quant_matmul_int8", "npu::npu_quant_matmul",
+        "bf16 out, weight dims below 65536", "OPD npu_quant_matmul", _ALL,
+    ),
+    Row(
+        "grouped_int8_gemm", CHIPS, "grouped_matmul_int8", "npu::npu_grouped_matmul",
+        "int8 weights, bf16 out", "OPD npu_grouped_matmul", _ALL,
+    ),
+    Row(
+        "grouped_int8_gemm", (A2, A3), "grouped_matmul_int4", "npu::npu_grouped_matmul",
+        "int4 weights, 8 n output channels, bf16 out", "OPD npu_grouped_matmul; VA methods/w4a8.py",
+        _OLD,
+    ),
+    Row(
         "moe_permute", CHIPS, "init_routing", "npu::npu_moe_init_routing_v2", "none",
         "OPD npu_moe_init_routing_v2", _ALL,
     ),

@@ -33,11 +33,14 @@ def _proof() -> Proof:
     return "interpreted" if _is_interpreting() else "executed"
 
 
+_INT8 = "INT8 checkpoints are made for A2 and A3; CUDA runs the FP8 and FP4 one they are made of"
+
 CUDA = Backend(
     name="cuda",
     device=lambda: "cpu" if _is_interpreting() else "cuda",
     why_unavailable=_why_unavailable,
     proof=_proof,
+    missing=dict.fromkeys(("int8_act_quant", "int8_gemm", "grouped_int8_gemm"), _INT8),
 )
 
 __all__ = ["CUDA"]

@@ -30,6 +30,7 @@ def _proof() -> Proof:
 
 
 _GEMM = "MindSpore has no FP8 or FP4 product on its CPU target, and none for MXFP4 at all"
+_INT8 = "INT8 checkpoints are made for A2 and A3; no MindSpore kernel is written for them"
 _MOVES = "moves rows and computes nothing; MindSpore would only copy what torch has"
 
 MINDSPORE = Backend(
@@ -41,6 +42,9 @@ MINDSPORE = Backend(
         "fp4_act_quant": "MindSpore has no FP4 type",
         "fp8_gemm": _GEMM,
         "fp4_gemm": _GEMM,
+        "int8_act_quant": _INT8,
+        "int8_gemm": _INT8,
+        "grouped_int8_gemm": _INT8,
         "grouped_gemm": "mindspore's GroupedMatmul returns an empty tuple on CPU, without an error",
         "hadamard": "the indexer's rotation is part of the FP4 simulation, which torch does",
         "store_rows": _MOVES,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from v4_ascend.ops.formats import FP8, is_mx
 from v4_ascend.ops.gemm import ACT_GROUP
 
 STREAMS = (torch.bfloat16, torch.float32)
@@ -119,6 +120,8 @@ def _why_not_gemm(
 ) -> str | None:
     if out_dtype not in STREAMS:
         return f"out_dtype is {_name(out_dtype)}, must be bfloat16 or float32"
+    if b.dtype == FP8 and is_mx(b, b_scale):
+        return "the weight is MXFP8, must be in blocks of 128 x 128"
     return _depth(a.shape[1])
 
 

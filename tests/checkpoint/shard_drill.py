@@ -18,7 +18,7 @@ from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.supernode.plan import Plan
 
-CALLS = ("write", "fsync", "open", "link", "replace", "unlink", "mkdir")
+CALLS = ("write", "pwrite", "fsync", "open", "link", "replace", "unlink", "mkdir")
 
 
 def count_calls(at):
@@ -29,8 +29,8 @@ def count_calls(at):
         def call(*args, **kwargs):
             seen[0] += 1
             if seen[0] == at:
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
+                if name in ("write", "pwrite"):
+                    real(args[0], args[1][: len(args[1]) // 2], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 

@@ -153,7 +153,7 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
         ("engine=vllm", "--set engine: engine: not yet"),
         ("launcher=kubernetes", "launcher: not yet"),
         ("emulate=true", "emulate: not yet"),
-        ("serve.n_draft_tokens=1", "serve.n_draft_tokens: not yet"),
+        ("serve.n_draft_tokens=2", "serve.n_draft_tokens: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
         ("model.reference=r.safetensors", "model.reference: not yet"),
     ],

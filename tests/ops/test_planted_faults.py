@@ -62,6 +62,22 @@ def _takes_the_next_expert(right, weight, weight_scale, **rest):
     return right(weight=as_bytes.roll(1, 0).view(weight.dtype), weight_scale=scale, **rest)
 
 
+@_fault("int8_act_quant")
+def _cuts_int8_instead_of_rounding(right, x):
+    _, scale = right(x)
+    return (x.float() / scale.clamp_min(1e-30).unsqueeze(-1)).trunc().to(torch.int8), scale
+
+
+@_fault("int8_gemm")
+def _forgets_the_channels_scale(right, b_scale, **rest):
+    return right(b_scale=b_scale.mean().expand_as(b_scale), **rest)
+
+
+@_fault("grouped_int8_gemm")
+def _takes_the_next_int8_expert(right, weight, **rest):
+    return right(weight=weight.roll(1, 0), **rest)
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -273,6 +289,18 @@ def _writes_the_skipped_slot(right, storage, rows, slot_mapping, record):
 @_fault("sample")
 def _ignores_top_p(right, top_p, **inputs):
     return right(top_p=torch.ones_like(top_p), **inputs)
+
+
+@_fault("sample")
+def _keeps_one_token_too_many(right, top_k, **inputs):
+    return right(top_k=top_k + 1, **inputs)
+
+
+@_fault("sample")
+def _compares_min_p_with_one(right, logits, temperature, min_p, **inputs):
+    warm = temperature.clamp_min(1e-5).unsqueeze(-1)
+    highest = (logits / warm).softmax(-1).amax(-1)
+    return right(logits, temperature, min_p=min_p / highest, **inputs)
 
 
 @pytest.mark.parametrize(("op", "kernel"), FAULTS)

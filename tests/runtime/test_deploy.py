@@ -130,6 +130,26 @@ def test_tools_and_thinking_are_accepted(client):
     assert thinking.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
+def test_sampling_rules_hold_streamed_in_a_batch_and_alone(client):
+    rules = {"top_k": 8, "min_p": 0.01, "repetition_penalty": 1.2, "min_tokens": 5}
+    ask = ASK | {"presence_penalty": 0.5, "frequency_penalty": 0.5, "extra_body": rules}
+    alone = client.chat.completions.create(**ask, max_tokens=12)
+    several = client.chat.completions.create(**ask, max_tokens=12, n=4)
+    assert alone.choices[0].message.content == several.choices[0].message.content
+
+
+def test_a_bias_decides_and_ignore_eos_goes_on(client):
+    ask = ASK | {"max_tokens": 6, "temperature": 1}
+    one = client.chat.completions.create(**ask, logit_bias={"90": 100})
+    assert len(set(one.choices[0].message.content)) == 1
+    end = client.chat.completions.create(**ask, logit_bias={"1": 100})
+    assert (end.usage.completion_tokens, end.choices[0].finish_reason) == (1, "stop")
+    on = client.chat.completions.create(
+        **ask, logit_bias={"1": 100}, extra_body={"ignore_eos": True}
+    )
+    assert (on.usage.completion_tokens, on.choices[0].finish_reason) == (6, "length")
+
+
 def test_completions(client):
     done = client.completions.create(model="v4-tiny", prompt="abc", max_tokens=4, logprobs=1)
     assert done.usage.prompt_tokens == 4
@@ -140,7 +160,7 @@ def test_completions(client):
     ("change", "status", "says"),
     [
         ({"model": "gpt"}, 404, "model 'gpt' is not served here; 'v4-tiny' is"),
-        ({"temperature": 3}, 400, "temperature: "),
+        ({"temperature": 3}, 400, "temperature: .* 2, got 3"),
         ({"messages": []}, 400, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
         (
@@ -148,8 +168,14 @@ def test_completions(client):
             400,
             "13.. tokens, max_model_len is 1200",
         ),
-        ({"tool_choice": "required"}, 400, "tool_choice: 'required' is not supported yet"),
-        ({"frequency_penalty": 1}, 400, "frequency_penalty is not supported yet"),
+        ({"tool_choice": "required"}, 400, "tool_choice: 'required' needs tools"),
+        ({"frequency_penalty": 2.5}, 400, "frequency_penalty: .* 2, got 2.5"),
+        ({"min_p": -0.1}, 400, "min_p: .* 0, got -0.1"),
+        ({"top_k": -2}, 400, "top_k: .* -1, got -2"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty: .* 0, got 0"),
+        ({"logit_bias": {"9999999": 1}}, 400, "logit_bias: token 9999999 is not in 0..[0-9]+"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias.5: .* 100, got 101"),
+        ({"min_tokens": 3, "max_tokens": 2}, 400, "min_tokens: 3 is more .* 2"),
         ({"stop": ["a"] * 5}, 400, "at most 4"),
         ({"n": 0}, 400, "n: "),
         ({"no_such_thing": 1}, 400, "no_such_thing"),

@@ -89,6 +89,34 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
     assert _of(box) == []
 
 
+def test_ranks_that_draft_answer_as_one_does_that_does_not(box):
+    one = box.run("deploy", "--topology", box.topology, "--detach")
+    assert one.returncode == 0, one.stderr
+    long = {"max_tokens": 40, "temperature": 0.7}
+    want = [text(ask(box, seed, **long)) for seed in range(3)]
+    assert box.run("down", "laptop").returncode == 0
+
+    layout = "layout={dp_size: 2, tp_size: 2, ep_size: 4}"
+    options = ("--set", layout, "--set", DEVICES, "--set", "serve.n_draft_tokens=1")
+    four = box.run("deploy", "--topology", box.topology, *options, "--detach")
+    assert four.returncode == 0, four.stderr
+    try:
+        assert [text(ask(box, seed, **long)) for seed in range(3)] == want
+        assert counter(box, "vllm:spec_decode_num_draft_tokens_total") > 60
+        assert text(ask(box, 2, **long)) == want[2]
+    finally:
+        assert box.run("down", "laptop").returncode == 0
+
+
+def counter(box, name):
+    (line,) = [
+        line
+        for line in httpx.get(f"{box.url}/metrics").text.splitlines()
+        if line.startswith(name + "{")
+    ]
+    return float(line.split()[-1])
+
+
 def assert_expert_load(box):
     """Counters of all ranks together are what `plan --expert-load` reads."""
 

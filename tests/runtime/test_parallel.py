@@ -31,9 +31,9 @@ def checkpoint(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
-def alone(checkpoint, steps, dp, kernels):
+def alone(checkpoint, steps, dp, kernels, **changes):
     """What one process computes of one DP group's sequences."""
-    plan = make_plan(checkpoint, {}, kernels=kernels)
+    plan = make_plan(checkpoint, {}, kernels=kernels, **changes)
     with use_policy(kernels=kernels):
         engine = Engine.load(plan, lambda done, total: None)
         return [engine.logits([Chunk(*c) for c in step[dp]]) for step in steps]
@@ -111,6 +111,26 @@ def test_layouts_of_up_to_4_ranks_compute_what_one_process_computes(tmp_path, ch
     plans = {n: make_plan(checkpoint, LAYOUTS[n], kernels=kernels) for n in names}
     cases = run_ranks(tmp_path, plans, 4)
     check(tmp_path, checkpoint, plans, cases)
+
+
+def test_rows_travel_in_fp8_and_change_nothing(tmp_path, checkpoint):
+    """Experts that round their input get it rounded: a byte a value and a scale for 128."""
+    plans = {
+        f"ep4-{sim}": make_plan(checkpoint, LAYOUTS["ep4"], kernels="fast", quant_sim=sim)
+        for sim in ("on", "off")
+    }
+    cases = run_ranks(tmp_path, plans, 4)
+    sent = {}
+    for name, plan in plans.items():
+        facts = [json.loads((tmp_path / f"{name}-rank{r}.json").read_text()) for r in range(4)]
+        sent[plan.quant_sim] = sum(f["bytes_sent"]["ep"] for f in facts)
+    for dp in range(4):
+        want = alone(checkpoint, cases["ep4-on"]["steps"], dp, "fast", quant_sim="on")
+        for a, b in zip(torch.load(tmp_path / f"ep4-on-dp{dp}.pt"), want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+    # Of what goes out and comes back in fp32, the way out is a quarter.
+    assert 0.6 < sent["on"] / sent["off"] < 0.7
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from v4_ascend.supernode.planning import deploy_plan
 TINY = ModelConfig.read(preset_path("tiny"))
 
 
-@pytest.mark.parametrize("format", ["fp8", "fp32"])
-def test_the_order_is_that_in_which_a_model_asks(tmp_path, format):
+@pytest.mark.parametrize(("format", "n_drafts"), [("fp8", 0), ("fp8", 1), ("fp32", 1)])
+def test_the_order_is_that_in_which_a_model_asks(tmp_path, format, n_drafts):
     config = in_format(TINY, format)
     write_synthetic(config, tmp_path / "c", seed=0)
     checkpoint = Checkpoint(tmp_path / "c")
@@ -27,8 +27,8 @@ def test_the_order_is_that_in_which_a_model_asks(tmp_path, format):
         asked.append(name)
         return checkpoint.tensor(name)
 
-    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_mtp=False)
-    plan = deploy_plan(load_topology("laptop", []), config)
+    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_mtp=n_drafts > 0)
+    plan = deploy_plan(load_topology("laptop", [f"serve.n_draft_tokens={n_drafts}"]), config)
     held = holdings(config, plan, plan.ranks[0])
     assert list(held) == asked
     for name, h in held.items():

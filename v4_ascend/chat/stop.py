@@ -17,6 +17,7 @@ class StopMatcher:
         self._held_back = HeldBack(stops)
         self._pending = ""
         self._stopped = False
+        self.matched: str | None = None  # the stop string that ended it
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that can be sent, and whether a stop string has ended it."""
@@ -30,8 +31,8 @@ class StopMatcher:
             if (start := self._pending.find(stop)) >= 0
         ]
         if ends:
-            _, start = min(ends)
-            self._stopped = True
+            end, start = min(ends)
+            self._stopped, self.matched = True, self._pending[start:end]
             return self._pending[:start], True
         emit, self._pending = self._held_back.split(self._pending)
         return emit, False

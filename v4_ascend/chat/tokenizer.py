@@ -29,6 +29,7 @@ class ChatTokenizer:
         self._plain.normalizer = tokenizer.normalizer
         self._plain.pre_tokenizer = tokenizer.pre_tokenizer
         self._token_bytes = _token_bytes(tokenizer)
+        self.marker_ids = frozenset(tokenizer.get_added_tokens_decoder())
         self.bos_id = self.token_id(bos)
         self.eos_id = self.token_id(eos)
         self._control_ids = {marker: self.token_id(marker) for marker in CONTROL_MARKERS}

@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.header import TensorHeader, read_header
-from v4_ascend.checkpoint.manifest import HALF, FileRecord, TensorRecord, digest_of, write_all
+from v4_ascend.checkpoint.manifest import (
+    HALF,
+    FileRecord,
+    TensorErrors,
+    TensorRecord,
+    digest_of,
+    write_all,
+)
 from v4_ascend.checkpoint.pieces import pieces, read_into
 from v4_ascend.checkpoint.rank_files import RankFile
 from v4_ascend.errors import ShardError
@@ -32,19 +40,34 @@ def copy_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
         OSError: reading or writing failed; `filename` says of what.
         CheckpointError: a file of the checkpoint became shorter.
     """
+    files, buffer = OpenFiles(), memoryview(bytearray(CHUNK))
     header = file.header()
-    half, files = out / f"{file.name}{HALF}", _Files()
+    try:
+        with whole_file(out, file.name) as into:
+            write_all(into, memoryview(header))
+            records, at = [], len(header)
+            for h in file.held:
+                source = folder.headers[h.spec.name]
+                crc = _copy(files.open(source.file), source, h.part, into, buffer, moved)
+                records.append(_record(source, h.part, at, at + h.nbytes, crc))
+                at += h.nbytes
+    finally:
+        files.close()
+    return file_record(file, at, header, records)
+
+
+@contextmanager
+def whole_file(out: Path, name: str) -> Iterator[int]:
+    """Give a file to write to; it has its name only once all of it is on the disk.
+
+    Raises:
+        OSError: writing failed; `filename` says of what.
+    """
+    half = out / f"{name}{HALF}"
     half.unlink(missing_ok=True)  # it may be a second name of a file of the checkpoint
     into = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    buffer = memoryview(bytearray(CHUNK))
     try:
-        write_all(into, memoryview(header))
-        records, at = [], len(header)
-        for h in file.held:
-            source = folder.headers[h.spec.name]
-            crc = _copy(files.open(source.file), source, h.part, into, buffer, moved)
-            records.append(_record(source, h.part, at, at + h.nbytes, crc))
-            at += h.nbytes
+        yield into
         os.fsync(into)
     except BaseException as e:
         half.unlink(missing_ok=True)
@@ -53,9 +76,7 @@ def copy_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
         raise
     finally:
         os.close(into)
-        files.close()
-    os.replace(half, out / file.name)
-    return _file_record(file, at, header, records)
+    os.replace(half, out / name)
 
 
 def link_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved) -> FileRecord:
@@ -75,7 +96,7 @@ def link_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
         raise ShardError(
             f"--link: {real} is on another file system than {out}; leave --link away to copy"
         )
-    buffer, files = memoryview(bytearray(CHUNK)), _Files()
+    buffer, files = memoryview(bytearray(CHUNK)), OpenFiles()
     try:
         records = [
             _record(h, None, h.begin, h.end, checksum(files.open(real), h, buffer, moved))
@@ -89,7 +110,7 @@ def link_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
     (out / file.name).unlink(missing_ok=True)
     os.link(real, half)
     os.replace(half, out / file.name)
-    return _file_record(file, folder.headers[file.held[-1].spec.name].end, header, records)
+    return file_record(file, folder.headers[file.held[-1].spec.name].end, header, records)
 
 
 def checksum(fd: int, header: TensorHeader, buffer: memoryview, moved: Moved) -> int:
@@ -135,19 +156,21 @@ def _copy(
     return crc
 
 
-class _Files:
+class OpenFiles:
     """Files open for reading, each once."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
 
     def open(self, file: Path) -> int:
+        """Return the file's descriptor."""
         fd = self._open.get(file)
         if fd is None:
             fd = self._open[file] = os.open(file, os.O_RDONLY)
         return fd
 
     def close(self) -> None:
+        """Close all."""
         for fd in self._open.values():
             os.close(fd)
 
@@ -166,11 +189,21 @@ def _record(
     )
 
 
-def _file_record(
-    file: RankFile, nbytes: int, header: bytes, tensors: Iterable[TensorRecord]
+def file_record(
+    file: RankFile,
+    nbytes: int,
+    header: bytes,
+    tensors: Iterable[TensorRecord],
+    errors: Iterable[TensorErrors] = (),
 ) -> FileRecord:
+    """Return the record of a file that was written."""
     in_order = tuple(tensors)
     digest = digest_of(header, [t.crc32 for t in in_order])
     return FileRecord(
-        name=file.name, rank=file.rank, nbytes=nbytes, digest=digest, tensors=in_order
+        name=file.name,
+        rank=file.rank,
+        nbytes=nbytes,
+        digest=digest,
+        tensors=in_order,
+        errors=tuple(errors),
     )

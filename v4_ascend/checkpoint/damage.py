@@ -15,6 +15,7 @@ from v4_ascend.checkpoint.pieces import read_into
 from v4_ascend.errors import CheckpointError
 
 CHUNK = 1 << 20  # bytes looked at while they are in the cache of a core; whole values of any dtype
+SCALES = (".scale", ".weight_scale")
 Moved = Callable[[int], None]
 
 
@@ -68,7 +69,7 @@ def look(fd: int, header: TensorHeader, moved: Moved, *, values: bool) -> tuple[
     if not n_bad:
         return crc, []
     what = "are negative" if header.dtype == "I64" else "are not finite"
-    if header.name.endswith(".scale"):
+    if header.name.endswith(SCALES):
         what = "are no scales (NaN, infinite, zero or negative)"
     return crc, [f"{n_bad:,} values {what}"]
 
@@ -84,11 +85,11 @@ def count_bad(header: TensorHeader, chunk: memoryview) -> int:
         case "F32":
             value = np.frombuffer(chunk, np.float32)
             bad = ~np.isfinite(value)
-            if header.name.endswith(".scale"):
+            if header.name.endswith(SCALES):
                 bad |= value <= 0
         case "F8_E4M3":
             bad = np.frombuffer(chunk, np.uint8) & 0x7F == 0x7F
-        case "F8_E8M0":
+        case "F8_E8M0" | "U8":
             bad = np.frombuffer(chunk, np.uint8) == 0xFF
         case "I64":
             bad = np.frombuffer(chunk, np.int64) < 0

@@ -1,9 +1,9 @@
-"""What a folder made for a plan says of itself.
+"""What a folder made by `shard` or `convert` says of itself.
 
-`manifest.json` says which checkpoint and which layout it is of, and lists the files. What a file
-has, tensor by tensor, stands in a record beside it: all of them together would be 1.7 million
-entries for Pro on 384 ranks, of which a rank needs its own. Nothing in either depends on the
-time or the machine, so that the same work twice gives the same bytes.
+`manifest.json` says which checkpoint and which layout or format it is of, and lists the files.
+What a file has, tensor by tensor, stands in a record beside it: all of them together would be 1.7
+million entries for Pro on 384 ranks, of which a rank needs its own. Nothing in either depends on
+the time or the machine, so that the same work twice gives the same bytes.
 """
 
 from __future__ import annotations
@@ -50,14 +50,37 @@ class TensorRecord(_Record, frozen=True, kw_only=True, omit_defaults=True):
         return Part(*self.part) if self.part else None
 
 
-class FileRecord(_Record, frozen=True, kw_only=True):
-    """One file: its tensors in order, and the digest of its header and their checksums."""
+class TensorErrors(_Record, frozen=True, kw_only=True):
+    """How far one converted weight, or the part of it in a file, is from the one it was made of.
+
+    `rms` is of the source. `n_changed` values differ at all.
+    """
+
+    name: str
+    values: int
+    n_changed: int
+    max_error: float
+    rms_error: float
+    rms: float
+
+    @property
+    def relative(self) -> float:
+        """Return the RMS of the error as a part of the RMS of the values."""
+        return self.rms_error / self.rms if self.rms else 0.0
+
+
+class FileRecord(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """One file: its tensors in order, and the digest of its header and their checksums.
+
+    `errors` has the weights that were converted, not those that were copied.
+    """
 
     name: str
     rank: int
     nbytes: int
     digest: str
     tensors: tuple[TensorRecord, ...]
+    errors: tuple[TensorErrors, ...] = ()
 
     def encoded(self) -> bytes:
         """Return the bytes of the record's own file."""
@@ -104,12 +127,17 @@ class Source(_Record, frozen=True, kw_only=True):
 
 
 class Manifest(_Record, frozen=True, kw_only=True):
-    """Which checkpoint, which layout, which files; `copied` has the sha256 of other files."""
+    """Which checkpoint, which layout, which files; `copied` has the sha256 of other files.
+
+    `format` is what `--to` asked for. Without a plan it is of `convert`, and `layout` a digest of
+    what was converted how.
+    """
 
     version: Literal[1] = 1
     source: Source
-    plan: str
+    plan: str | None
     layout: str
+    format: str | None = None
     n_ranks: int
     is_linked: bool
     copied: dict[str, str] = {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.header import TensorHeader
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ShardError
 from v4_ascend.supernode.holdings import Held, holdings
@@ -102,27 +103,29 @@ def _require_experts(config: ModelConfig, plan: Plan) -> None:
             raise ShardError(f"plan {plan.name}: expert {expert} of layer {layer} {where}")
 
 
-def rank_files(folder: CheckpointFolder, plan: Plan, *, link: bool) -> list[RankFile]:
-    """Lay all files out; with `link`, those of the checkpoint that can stay as they are do.
+def rank_files(
+    config: ModelConfig, plan: Plan, *, links_to: CheckpointFolder | None = None
+) -> list[RankFile]:
+    """Lay all files out; with `links_to`, files of that checkpoint that can stay as they are do.
 
     Raises:
         ShardError: the plan is not of this model.
     """
-    require_fit(folder.config, plan)
+    require_fit(config, plan)
     try:
-        linked = _linkable(folder, plan) if link else {}
+        stays = _linkable(links_to, plan) if links_to else {}
         # One rank at a time: the holdings of thousands would not fit the memory promised.
         return [
             f
             for n, rank in enumerate(plan.ranks)
-            for f in _files_of(folder, n, holdings(folder.config, plan, rank), linked)
+            for f in _files_of(n, holdings(config, plan, rank), stays)
         ]
     except ValueError as e:
         raise ShardError(f"plan {plan.name}: {e}") from e
 
 
-def _linkable(folder: CheckpointFolder, plan: Plan) -> dict[Path, int]:
-    """Return the files all of whose tensors go to one rank, whole, and to no other."""
+def _linkable(folder: CheckpointFolder, plan: Plan) -> dict[str, TensorHeader]:
+    """Return the tensors of the files that go to one rank, whole, and to no other."""
     ranks: dict[Path, set[int]] = {}
     n_whole: dict[Path, int] = {}
     for rank in plan.ranks:
@@ -133,33 +136,29 @@ def _linkable(folder: CheckpointFolder, plan: Plan) -> dict[Path, int]:
     n_tensors: dict[Path, int] = {}
     for header in folder.headers.values():
         n_tensors[header.file] = n_tensors.get(header.file, 0) + 1
-    return {
-        file: min(of)
-        for file, of in ranks.items()
-        if len(of) == 1 and n_whole[file] == n_tensors[file]
-    }
+    whole = {f for f, of in ranks.items() if len(of) == 1 and n_whole[f] == n_tensors[f]}
+    return {name: h for name, h in folder.headers.items() if h.file in whole}
 
 
 def _files_of(
-    folder: CheckpointFolder, rank: int, held: Mapping[str, Held], linked: Mapping[Path, int]
+    rank: int, held: Mapping[str, Held], linked: Mapping[str, TensorHeader]
 ) -> Iterator[RankFile]:
-    stays: dict[Path, list[str]] = {}
+    stays: dict[Path, list[TensorHeader]] = {}
     groups: list[list[Held]] = [[]]
     size = 0
     for name, h in held.items():
-        header = folder.headers[name]
-        if linked.get(header.file) == rank:
-            stays.setdefault(header.file, []).append(name)
+        if name in linked:
+            stays.setdefault(linked[name].file, []).append(linked[name])
             continue
         if groups[-1] and size + h.nbytes > MAX_FILE_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(h)
         size += h.nbytes
-    for file, names in stays.items():
-        in_file = sorted(names, key=lambda n: (folder.headers[n].begin, folder.headers[n].end))
+    for file, headers in stays.items():
+        in_file = sorted(headers, key=lambda h: (h.begin, h.end))
         name = f"rank-{rank:05d}-{file.name}"
-        yield RankFile(name, rank, tuple(held[n] for n in in_file), file)
+        yield RankFile(name, rank, tuple(held[h.name] for h in in_file), file)
     for n, group in enumerate(groups, 1):
         number = f"-{n:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         if group:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from v4_ascend.checkpoint.damage import SCALES
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.header import TensorHeader
 from v4_ascend.checkpoint.pieces import pieces, read_into
@@ -22,6 +23,7 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "I64": torch.int64,
+    "U8": torch.uint8,
 }
 
 
@@ -87,13 +89,14 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
             read_into(f.fileno(), header, at, into[:size])
             into = into[size:]
     tensor = data.view(dtype).view(part.shape(header.shape) if part else header.shape)
-    if header.name.endswith(".scale"):
+    if header.name.endswith(SCALES):
         _check_scale(header, tensor)
     return tensor
 
 
 def _check_scale(header: TensorHeader, scale: torch.Tensor) -> None:
-    is_nan = scale.view(torch.uint8) == 255 if header.dtype == "F8_E8M0" else ~scale.isfinite()
+    is_e8m0 = header.dtype in ("F8_E8M0", "U8")
+    is_nan = scale.view(torch.uint8) == 255 if is_e8m0 else ~scale.isfinite()
     if bool(is_nan.any()):
         raise CheckpointError(
             f"{header.file}: {header.name}: {int(is_nan.sum())} of {scale.numel()} scales are "

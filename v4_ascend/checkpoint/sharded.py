@@ -143,7 +143,8 @@ def is_sharded(path: Path) -> bool:
     if (path / INDEX).exists():
         return False
     if (path / STARTED).exists() and not (path / MANIFEST).exists():
-        raise CheckpointError(f"{path}: shard has not ended there; go on with --resume")
+        command = "convert" if Manifest.read(path / STARTED).plan is None else "shard"
+        raise CheckpointError(f"{path}: {command} has not ended there; go on with --resume")
     return (path / MANIFEST).exists()
 
 

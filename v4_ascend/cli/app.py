@@ -8,7 +8,19 @@ from typing import Annotated, Any, cast
 import typer
 
 from v4_ascend import __version__
-from v4_ascend.cli import bench, checkpoint, deploy, fit, operators, parity, plan, ranktable, shard
+from v4_ascend.cli import (
+    bench,
+    checkpoint,
+    conformance,
+    convert,
+    deploy,
+    fit,
+    operators,
+    parity,
+    plan,
+    ranktable,
+    shard,
+)
 from v4_ascend.errors import ConfigError, V4AscendError
 
 # click's UsageError: older typers take it from click, newer ones carry it with them.
@@ -23,6 +35,8 @@ app = typer.Typer(
 
 bench.register(app)
 checkpoint.register(app)
+conformance.register(app)
+convert.register(app)
 deploy.register(app)
 operators.register(app)
 parity.register(app)

@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+from v4_ascend.cli.bench_serve import serve_command
+from v4_ascend.cli.convert import Format
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 
 
@@ -21,6 +24,7 @@ class Against(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command group to the app."""
+    bench.command("serve")(serve_command)
     app.add_typer(bench, name="bench")
 
 
@@ -100,6 +104,46 @@ def shard_command(
     )
     for way, rate in rates.items():
         typer.echo(f"| {way} | {rate / 1e9:.2f} | {rates['shard'] / rate:.2f} |")
+
+
+@bench.command("convert")
+def convert_command(
+    checkpoint: CheckpointOption,
+    scratch: Annotated[Path, typer.Option(help="folder on the disk to time, for one copy")],
+    to: Annotated[
+        list[Format] | None, typer.Option("--to", help="formats; default: all but mxfp4")
+    ] = None,
+    rounds: Rounds = 3,
+    workers: Annotated[int | None, typer.Option(min=1, help="as convert --workers")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time convert from disk to disk, bytes of the checkpoint per second."""
+    from v4_ascend.checkpoint.convert_speed import convert_speed
+    from v4_ascend.checkpoint.folder import CheckpointFolder
+    from v4_ascend.cli.progress import reporter
+
+    n_workers = workers or min(8, os.cpu_count() or 1)
+    formats = to or [f for f in Format if f is not Format.mxfp4]
+    folder = CheckpointFolder(checkpoint)
+    with reporter("timing rounds") as progress:
+        rates = convert_speed(
+            folder,
+            [f.value for f in formats],
+            scratch,
+            rounds=rounds,
+            workers=n_workers,
+            progress=progress,
+        )
+    nbytes = sum(h.nbytes for h in folder.headers.values())
+    if as_json:
+        data = {"what": "convert", "bytes": nbytes, "workers": n_workers, "bytes_per_s": rates}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    plain = rates.get("plain")
+    typer.echo(f"| {nbytes:,} bytes, {n_workers} workers | MB/s | ratio |\n|---|---|---|")
+    for way, rate in rates.items():
+        name = "FP4 to FP8 as the official script does it, in memory" if way == "plain" else way
+        typer.echo(f"| {name} | {rate / 1e6:,.0f} | {f'{rate / plain:.1f}' if plain else ''} |")
 
 
 @bench.command("load")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from v4_ascend.checkpoint.damage import checkpoint_damage
 from v4_ascend.checkpoint.difference import common_bytes, differences
-from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.folder import MANIFEST, CheckpointFolder
 from v4_ascend.checkpoint.inspection import Inspection
 from v4_ascend.checkpoint.sharded import ShardedFolder
 from v4_ascend.cli.progress import byte_reporter
@@ -27,7 +27,9 @@ def of_checkpoint(found: CheckpointFolder, *, verify: bool) -> Inspected:
     """Inspect a checkpoint; with `verify`, read its values too."""
     config, report = found.config, found.check()
     damaged: tuple[str, ...] = ()
-    if verify:
+    if verify and (found.path / MANIFEST).exists():  # of `convert`: it has checksums
+        damaged = _read_all("verifying", report.nbytes, ShardedFolder(found.path).damage)
+    elif verify:
         headers = list(found.headers.values())
         damaged = _read_all(
             "verifying", report.nbytes, lambda moved: checkpoint_damage(headers, moved)
@@ -128,6 +130,11 @@ def facts(config: ModelConfig, report: Inspection) -> dict[str, object]:
 
 
 def _formats(config: ModelConfig) -> str:
+    if config.quant_types:
+        kinds = dict(config.quant_types)
+        rest = sorted({k for place, k in kinds.items() if place != "ffn.experts"})
+        experts = kinds.get("ffn.experts", config.dtype)
+        return f"{config.dtype} with {' and '.join(rest)}, experts {experts}"
     return f"{config.quantization or config.dtype}, experts {config.expert_dtype or config.dtype}"
 
 

@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from v4_ascend.cli.convert import (
+    CalibrationOption,
+    Format,
+    RecipeOption,
+    SocOption,
+    print_report,
+)
+from v4_ascend.errors import ConfigError
+
 if TYPE_CHECKING:
     from v4_ascend.checkpoint.shard import Sharding
 
@@ -33,6 +42,12 @@ def shard_command(
     link: Annotated[
         bool, typer.Option("--link", help="no copy of a file that goes to one rank as it is")
     ] = False,
+    to: Annotated[
+        Format | None, typer.Option("--to", help="convert on the way, as convert --to")
+    ] = None,
+    soc: SocOption = None,
+    recipe: RecipeOption = None,
+    calibration: CalibrationOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="sizes and space alone, write nothing")
     ] = False,
@@ -47,7 +62,16 @@ def shard_command(
     wanted = Plan.read(plan)
     folder = CheckpointFolder(checkpoint)
     folder.require_complete()
-    job = Sharding(folder, wanted, is_linked=link)
+    recoding = None
+    if to is not None:
+        from v4_ascend.checkpoint.recoding import Recoding
+        from v4_ascend.config.precision import recipe_for
+
+        if link:
+            raise ConfigError("--link", "a file that is converted is another file; leave --to away")
+        chosen = recipe_for(to.value, soc.value if soc else None, recipe)
+        recoding = Recoding(folder, to.value, chosen, calibration)
+    job = Sharding(folder, wanted, is_linked=link, recoding=recoding)
     if dry_run:
         _tell_sizes(job, out, as_json)
         return
@@ -71,6 +95,10 @@ def shard_command(
         }
         _echo_json("ok", data, [])
         return
+    if recoding is not None:
+        from v4_ascend.checkpoint.report import read_report
+
+        print_report(read_report(out))
     kept = f", {done.n_kept} were there and whole" if done.n_kept else ""
     typer.echo(
         f"{out}: {done.manifest.n_ranks} ranks, {len(done.manifest.files)} files{kept}; "

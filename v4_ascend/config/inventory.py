@@ -11,8 +11,9 @@ from math import prod
 from typing import Literal
 
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import QuantType, place_of
 
-Dtype = Literal["BF16", "F32", "F8_E4M3", "F8_E8M0", "I8", "I64"]
+Dtype = Literal["BF16", "F32", "F8_E4M3", "F8_E8M0", "I8", "I64", "U8"]
 ITEM_BYTES: dict[Dtype, int] = {
     "BF16": 2,
     "F32": 4,
@@ -20,8 +21,10 @@ ITEM_BYTES: dict[Dtype, int] = {
     "F8_E8M0": 1,
     "I8": 1,
     "I64": 8,
+    "U8": 1,
 }
-FP8_BLOCK, FP4_GROUP = 128, 32
+FP8_BLOCK, FP4_GROUP, MX_GROUP = 128, 32, 32
+W2_BIAS_COLUMNS = 16  # vllm-ascend: the bias of w2 in as many parts as TP ranks may share
 _Linear = Callable[[str, int, int], Iterator["TensorSpec"]]
 
 
@@ -97,6 +100,7 @@ class _Inventory:
         self.plain: Dtype = "F32" if config.dtype == "fp32" else "BF16"
         # Base checkpoints (FP8 experts) store their scales as F32.
         self.scale: Dtype = "F32" if config.expert_dtype == "fp8" else "F8_E8M0"
+        self.types = dict(config.quant_types)
 
     def tensors(self) -> Iterator[TensorSpec]:
         c = self.c
@@ -198,7 +202,10 @@ class _Inventory:
         yield TensorSpec(f"{at}_scale", "F32", (n_scales,))
 
     def linear(self, at: str, n_out: int, n_in: int) -> Iterator[TensorSpec]:
-        if self.c.quantization is None:
+        if (kind := self.types.get(place_of(at))) is not None:
+            yield from described(kind, at, n_out, n_in)
+            return
+        if self.c.quantization != "fp8":
             yield TensorSpec(f"{at}.weight", self.plain, (n_out, n_in))
             return
         blocks = (-(-n_out // FP8_BLOCK), -(-n_in // FP8_BLOCK))
@@ -206,8 +213,29 @@ class _Inventory:
         yield TensorSpec(f"{at}.scale", self.scale, blocks)
 
     def expert_linear(self, at: str, n_out: int, n_in: int) -> Iterator[TensorSpec]:
+        if (kind := self.types.get("ffn.experts")) is not None:
+            yield from described(kind, at, n_out, n_in)
+            return
         if self.c.expert_dtype != "fp4":
             yield from self.linear(at, n_out, n_in)
             return
         yield TensorSpec(f"{at}.weight", "I8", (n_out, n_in // 2))
         yield TensorSpec(f"{at}.scale", "F8_E8M0", (n_out, n_in // FP4_GROUP))
+
+
+def described(kind: QuantType, at: str, n_out: int, n_in: int) -> Iterator[TensorSpec]:
+    """List the tensors of one linear layer, as vllm-ascend reads that type.
+
+    INT4 is two values a byte along the outputs, the even one in the low half.
+    """
+    if kind == "W8A8_MXFP8":
+        yield TensorSpec(f"{at}.weight", "F8_E4M3", (n_out, n_in))
+        yield TensorSpec(f"{at}.weight_scale", "U8", (n_out, n_in // MX_GROUP))
+        return
+    is_int4 = kind == "W4A8_DYNAMIC"
+    yield TensorSpec(f"{at}.weight", "I8", (n_out // 2 if is_int4 else n_out, n_in))
+    yield TensorSpec(f"{at}.weight_scale", "F32", (n_out, 1))
+    yield TensorSpec(f"{at}.weight_offset", "F32", (n_out, 1))
+    if is_int4:
+        n_columns = W2_BIAS_COLUMNS if at.endswith(".w2") else 1
+        yield TensorSpec(f"{at}.scale_bias", "F32", (n_out, n_columns))

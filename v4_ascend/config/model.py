@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from v4_ascend.config.quant_types import DESCRIPTION, Types, read_types
 from v4_ascend.config.transformers5 import fold
 from v4_ascend.errors import ConfigError
 
@@ -143,8 +144,9 @@ class ModelConfig(BaseModel):
     n_mtp_layers: Ordinal = 1
     bos_token_id: Ordinal = 0
     eos_token_id: Ordinal = 1
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["fp8", "ascend"] | None = None
     expert_dtype: Literal["fp4", "fp8"] | None = None
+    quant_types: Types = ()  # by place in a layer, for "ascend"; the others are not quantised
     dtype: Literal["bf16", "fp32"] = "bf16"
     dspark: DSparkConfig | None = None
     unknown_keys: tuple[str, ...] = ()  # of config.json; `inspect` reports them
@@ -183,6 +185,8 @@ class ModelConfig(BaseModel):
                 f"dspark_target_layer_ids {list(self.dspark.target_layer_ids)} must be below "
                 f"n_layers ({self.n_layers})"
             )
+        if bool(self.quant_types) != (self.quantization == "ascend"):
+            raise ValueError(f"quant_types {self.quant_types} and {self.quantization!r} disagree")
         if self.quantization:
             self._check_groups()
         return self
@@ -224,11 +228,15 @@ class ModelConfig(BaseModel):
             raise ConfigError(str(file), f"cannot be read: {e}") from e
         if not isinstance(raw, dict):
             raise ConfigError(str(file), f"must be a JSON object, got {type(raw).__name__}")
-        return cls.from_hf(raw, str(file))
+        return cls.from_hf(raw, str(file), read_types(file.with_name(DESCRIPTION)))
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    def from_hf(
+        cls, raw: Mapping[str, Any], where: str = "config.json", types: Types | None = None
+    ) -> ModelConfig:
         """Translate a Hugging Face configuration, published or saved by transformers 5.
+
+        `types` are those of a description beside it: what the file says of formats does not count.
 
         Raises:
             ConfigError: not a V4 model, a key is missing, or a value is wrong.
@@ -247,6 +255,8 @@ class ModelConfig(BaseModel):
         values = {ours: raw[key] for key, ours in NAMES.items() if key in raw}
         known = NAMES.keys() | DERIVED | FIXED.keys() | DROPPED
         values |= _derived(raw, values, where)
+        if types:
+            values |= {"quantization": "ascend", "expert_dtype": None, "quant_types": types}
         values["unknown_keys"] = tuple(sorted(raw.keys() - known))
         try:
             return cls(**values)
@@ -270,7 +280,7 @@ class ModelConfig(BaseModel):
             },
             "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[self.dtype],
         }
-        if self.quantization:
+        if self.quantization == "fp8":
             out["quantization_config"] = {
                 "activation_scheme": "dynamic",
                 "fmt": "e4m3",

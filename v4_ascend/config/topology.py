@@ -174,7 +174,12 @@ class Workload(Section):
 class Serve(Section):
     """How requests are served.
 
-    `memory_utilisation` is the part of a device's memory that may be used at all.
+    `memory_utilisation` is the part of a device's memory that may be used at all. `cache_tokens`
+    are those of all requests together whose compressed rows are kept, by default `concurrency`
+    times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
+    group; 0 computes every prompt whole.
+    `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
+    of `cors_origins` may call the API.
     """
 
     max_model_len: int = Field(ge=1)
@@ -186,7 +191,12 @@ class Serve(Section):
     workload: Workload = Workload()
     memory_utilisation: float = Field(default=0.92, gt=0, le=1)
     api_keys: tuple[str, ...] = ()
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
+    cors_origins: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
+    cache_tokens: int | None = Field(default=None, ge=1)
+    prefix_snapshots: int = Field(default=16, ge=0)
 
 
 class Runtime(Section):
@@ -274,7 +284,7 @@ def require_supported(topology: Topology) -> None:
         ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
-        ("serve.n_draft_tokens", t.serve.n_draft_tokens > 0, "no speculation"),
+        ("serve.n_draft_tokens", t.serve.n_draft_tokens > 1, "one draft token"),
         ("engine", t.engine != "native", "'native'"),
         ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),
         ("emulate", t.emulate, "real devices"),

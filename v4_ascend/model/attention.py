@@ -9,7 +9,7 @@ import torch
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.compressor import Compressor, Indexer
-from v4_ascend.model.linear import Linear, Source, read_plain
+from v4_ascend.model.linear import Linear, Source, read_plain, read_wide
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard, gathered, span_of, to_heads, to_tokens
 from v4_ascend.ops import (
@@ -44,7 +44,7 @@ class Attention:
     indexer: Indexer | None
     config: ModelConfig
     compress_ratio: int
-    quant_sim: bool
+    cache_sim: bool
     shard: Shard
 
     @classmethod
@@ -58,7 +58,7 @@ class Attention:
         shard: Shard,
     ) -> Attention:
         """Read ``at.*``."""
-        wo_a = read_plain(source, f"{at}.wo_a", numerics.dtype)
+        wo_a = read_wide(source, f"{at}.wo_a", numerics)
         has_rows, has_index = ratio > 0, ratio == 4
         return cls(
             wq_a=Linear.read(source, f"{at}.wq_a", numerics),
@@ -77,7 +77,7 @@ class Attention:
             else None,
             config=config,
             compress_ratio=ratio,
-            quant_sim=numerics.quant_sim,
+            cache_sim=numerics.cache_sim,
             shard=shard,
         )
 
@@ -157,7 +157,7 @@ class Attention:
 
     def _stored(self, kv: torch.Tensor) -> torch.Tensor:
         """Round what is not rotated to FP8, as the model was trained."""
-        if not self.quant_sim:
+        if not self.cache_sim:
             return kv
         nope, rotated = kv.split(
             (kv.shape[-1] - self.config.rope_head_dim, self.config.rope_head_dim), -1

@@ -76,7 +76,7 @@ class Indexer:
     n_heads: int
     head_dim: int
     topk: int
-    quant_sim: bool
+    cache_sim: bool
 
     @classmethod
     def read(
@@ -90,7 +90,7 @@ class Indexer:
             n_heads=config.index_n_heads,
             head_dim=config.index_head_dim,
             topk=config.index_topk,
-            quant_sim=numerics.quant_sim,
+            cache_sim=numerics.cache_sim,
         )
 
     def write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
@@ -128,4 +128,4 @@ class Indexer:
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate and round to FP4; without rounding the rotation would change nothing."""
-        return fp4_round_trip(hadamard(x), INDEX_FP4_GROUP) if self.quant_sim else x
+        return fp4_round_trip(hadamard(x), INDEX_FP4_GROUP) if self.cache_sim else x

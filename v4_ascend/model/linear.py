@@ -9,29 +9,54 @@ import torch
 from torch.nn import functional as F
 
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.ops import act_quant, fp8_gemm, grouped_gemm
-from v4_ascend.ops.formats import FP8, dequantize_fp4, dequantize_fp8_block
+from v4_ascend.ops import (
+    act_quant,
+    fp8_gemm,
+    grouped_gemm,
+    grouped_int8_gemm,
+    int8_act_quant,
+    int8_gemm,
+)
+from v4_ascend.ops.formats import E8M0, FP8, dequantize_fp4, dequantize_fp8, unpack_int4_rows
 from v4_ascend.ops.gemm import ACT_GROUP
 
 # Reads one tensor by its official name, in its official dtype.
 Source = Callable[[str], torch.Tensor]
 
 
-def _is_quantized(weight: torch.Tensor) -> bool:
-    return weight.dtype in (FP8, torch.int8)
-
-
 def _widen(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    dequantize = dequantize_fp4 if weight.dtype == torch.int8 else dequantize_fp8_block
-    return dequantize(weight, scale)
+    """Return the values in fp32; dtypes and shapes say which format it is."""
+    if weight.dtype == FP8:
+        return dequantize_fp8(weight, scale)
+    if scale.dtype == E8M0:
+        return dequantize_fp4(weight, scale)
+    values = weight if len(weight) == len(scale) else unpack_int4_rows(weight)
+    return values.float() * scale.unsqueeze(-1)
 
 
 def read_plain(source: Source, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Read a weight that is never quantised."""
+    return source(f"{name}.weight").to(dtype)
+
+
+def read_wide(source: Source, name: str, numerics: Numerics) -> torch.Tensor:
     """Read a weight and widen it if it is quantised."""
-    weight = source(f"{name}.weight")
-    if _is_quantized(weight):
-        weight = _widen(weight, source(f"{name}.scale"))
-    return weight.to(dtype)
+    weight, scale = _read(source, name, numerics)
+    return (weight if scale is None else _widen(weight, scale)).to(numerics.dtype)
+
+
+def _read(
+    source: Source, name: str, numerics: Numerics
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Read a weight and its scales, as one layout for each format whoever wrote them."""
+    weight, kind = source(f"{name}.weight"), numerics.type_of(name)
+    if kind == "W8A8_MXFP8":
+        return weight, source(f"{name}.weight_scale").view(E8M0)
+    if kind is not None:
+        return weight, source(f"{name}.weight_scale").squeeze(-1)
+    if weight.dtype in (FP8, torch.int8):
+        return weight, source(f"{name}.scale")
+    return weight, None
 
 
 @dataclass(frozen=True)
@@ -39,7 +64,7 @@ class Linear:
     """``x @ weight.T`` in the weight's own format.
 
     Shapes:
-        weight  [out, in]  the numerics' dtype, or e4m3 with `scale`
+        weight  [out, in]  the numerics' dtype; with `scale` e4m3 or int8
     """
 
     weight: torch.Tensor
@@ -51,24 +76,25 @@ class Linear:
         """Read ``name.weight``, and its scale if it has one."""
         linear = cls.read_raw(source, name, numerics)
         if linear.scale is not None:
-            fp8_gemm.prepare(linear.weight, linear.scale)
+            gemm = int8_gemm if linear.weight.dtype == torch.int8 else fp8_gemm
+            gemm.prepare(linear.weight, linear.scale)
         return linear
 
     @classmethod
     def read_raw(cls, source: Source, name: str, numerics: Numerics) -> Linear:
         """Read it to be joined with others: it is not prepared for products of its own."""
-        weight = source(f"{name}.weight")
-        if not _is_quantized(weight):
-            return cls(weight.to(numerics.dtype), None, numerics.dtype)
-        scale = source(f"{name}.scale")
-        if numerics.quant_sim:
+        weight, scale = _read(source, name, numerics)
+        if scale is not None and numerics.quant_sim:
             return cls(weight, scale, numerics.dtype)
-        return cls(_widen(weight, scale).to(numerics.dtype), None, numerics.dtype)
+        wide = weight if scale is None else _widen(weight, scale)
+        return cls(wide.to(numerics.dtype), None, numerics.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [n_tokens, in] to [n_tokens, out]."""
         if self.scale is None:
             return F.linear(x, self.weight)
+        if self.weight.dtype == torch.int8:
+            return int8_gemm(*int8_act_quant(x), self.weight, self.scale, self.dtype)
         return fp8_gemm(*act_quant(x, ACT_GROUP), self.weight, self.scale, self.dtype)
 
 
@@ -77,7 +103,8 @@ class GroupedLinear:
     """One weight per expert, stacked; rows come grouped by expert.
 
     Shapes:
-        weight  [n_experts, out, in], or packed as `grouped_gemm` says, with `scale`
+        weight  [n_experts, out, in], or with `scale` as `grouped_gemm` and, if that is fp32 and
+                the weight int8, `grouped_int8_gemm` say
     """
 
     weight: torch.Tensor
@@ -107,15 +134,29 @@ class GroupedLinear:
         if weight is None:
             raise ValueError("no experts to read")
         if scale is not None:
-            grouped_gemm.prepare(weight, scale)
+            gemm = grouped_int8_gemm if _is_int(weight, scale) else grouped_gemm
+            gemm.prepare(weight, scale)
         return cls(weight, scale, numerics.dtype)
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether a product begins with `act_quant` of its rows."""
+        return self.scale is not None and not _is_int(self.weight, self.scale)
 
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
         """Multiply [n_rows, in] to [n_rows, out], group by group."""
         if self.scale is None:
             return grouped_gemm(x, None, self.weight, None, group_sizes, self.dtype)
+        if _is_int(self.weight, self.scale):
+            quantised = int8_act_quant(x)
+            return grouped_int8_gemm(*quantised, self.weight, self.scale, group_sizes, self.dtype)
         values, scales = act_quant(x, ACT_GROUP)
         return grouped_gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
+
+
+def _is_int(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether int8 bytes are INT8 or INT4; with E8M0 scales they are FP4."""
+    return weight.dtype == torch.int8 and scale.dtype == torch.float32
 
 
 def _placed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.linear import GroupedLinear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard, Slots, gathered, span_of
+from v4_ascend.model.side_stream import side_stream
 from v4_ascend.ops import Group, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
 
 
@@ -131,12 +133,19 @@ class MoE:
         weights, ids = self.gate(x, input_ids)
         if self.slots is not None:
             ids = self.slots(ids)
+        # Every token's, so it needs nobody, and is computed while rows travel.
+        everyone = torch.tensor([x.shape[0]], device=x.device)
+        side = side_stream(x.device) if self.ep.size > 1 else None
+        with side.begun() if side else nullcontext():
+            shared = self.shared_experts(x, everyone, None)
+        fp8 = self.ep.size > 1 and self.experts.w13.rounds_input
         rows, row_weights, group_sizes, source, tokens_per_rank = moe_dispatch(
-            x, ids, weights, self.n_slots, self.ep
+            x, ids, weights, self.n_slots, self.ep, fp8
         )
         self.load.add_(group_sizes)
         routed = self.experts(rows, group_sizes, row_weights)
         y = moe_combine(routed, source, ids.shape[1], tokens_per_rank, self.ep)
-        everyone = torch.tensor([x.shape[0]], device=x.device)
-        y = (y + self.shared_experts(x, everyone, None).float()).to(x.dtype)
+        if side:
+            side.join()
+        y = (y + shared.float()).to(x.dtype)
         return gathered(y, n, self.tp)

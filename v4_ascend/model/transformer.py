@@ -149,11 +149,11 @@ class MTP:
             hnorm=read_plain(source, f"{at}.hnorm", torch.float32),
             block=Block.read(source, at, config, config.n_layers + stage, numerics, shard),
             head=Head(
-                Mixer.read(source, f"{at}.hc_head"),
-                read_plain(source, f"{at}.norm", torch.float32),
-                head,
-                config,
-                shard.tp,
+                norm=read_plain(source, f"{at}.norm", torch.float32),
+                hc=Mixer.read(source, f"{at}.hc_head"),
+                weight=head,
+                config=config,
+                tp=shard.tp,
             ),
         )
 
@@ -228,6 +228,12 @@ class Transformer:
         rows = self.embed[local.clamp(0, n - 1)].masked_fill(~is_here.unsqueeze(-1), 0)
         return tp.all_reduce(rows)
 
+    @property
+    def cached_layers(self) -> tuple[int, int]:
+        """Layers that need caches, half-open: the drafter's follow the network's."""
+        first, end = self.shard.layers
+        return first, end + len(self.mtp)
+
     def own(self, batch: Batch) -> Batch:
         """Return the tokens of a step that are this CP rank's."""
         cp = self.shard.cp
@@ -275,16 +281,25 @@ class Transformer:
         return self.head(streams)
 
     def draft(
-        self, x: torch.Tensor, next_ids: torch.Tensor, batch: Batch, caches: Sequence[LayerCache]
+        self,
+        x: torch.Tensor,
+        next_ids: torch.Tensor,
+        batch: Batch | None,
+        caches: Sequence[LayerCache],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict the token after the next one, fp32 logits [n_tokens, vocab_size].
+        """Predict the token after the next one, fp32 logits of every token or of `rows`.
+
+        A `batch` of None has no tokens: the rank only serves the drafter's experts.
 
         Shapes:
             x         [n_tokens, hc_mult, dim]: streams of this step, as `__call__` returned them
             next_ids  [n_tokens]  int64: the token that follows each one
+            rows      [n_rows]  int64
+            return    [n_tokens or n_rows, vocab_size]
         """
         mtp, eps = self.mtp[0], self.config.norm_eps
         e = mtp.e_proj(rms_norm(self.embedded(next_ids), mtp.enorm, eps))
         h = mtp.h_proj(rms_norm(x, mtp.hnorm, eps).flatten(0, 1)).view_as(x)
         x = mtp.block(e.unsqueeze(1) + h, batch, batch, caches[self.config.n_layers])
-        return mtp.head(x)
+        return mtp.head(x if rows is None else x[rows])

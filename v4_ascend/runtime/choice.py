@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import msgspec
+
 from v4_ascend.chat import (
     ChatTokenizer,
     ContentDelta,
@@ -15,7 +17,7 @@ from v4_ascend.chat import (
     TokenStream,
 )
 from v4_ascend.runtime.dispatcher import Dispatcher
-from v4_ascend.runtime.messages import Sampled, Sampling
+from v4_ascend.runtime.messages import Rules, Sampled, Sampling
 from v4_ascend.runtime.scheduler import FinishReason
 
 
@@ -39,6 +41,7 @@ class Event:
     deltas: Sequence[Delta]
     sampled: Sampled
     finish: FinishReason | None
+    stop: str | None = None  # the stop string that ended it, if one did
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,10 @@ class Wanted:
     prompt_ids: Sequence[int]
     max_tokens: int
     sampling: Sampling
+    rules: Rules | None
     stops: Sequence[str]
+    priority: int
+    timeout_s: float | None
     thinking: bool
     tools: bool
     is_chat: bool
@@ -62,8 +68,15 @@ async def run_choice(
     parser = StreamParser(wanted.thinking, wanted.tools) if wanted.is_chat else PlainText()
     s = wanted.sampling
     seed = (s.seed + choice * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
-    sampling = Sampling(s.temperature, s.top_p, seed, s.n_logprobs)
-    generated = dispatcher.generate(wanted.prompt_ids, wanted.max_tokens, sampling)
+    sampling = msgspec.structs.replace(s, seed=seed)
+    generated = dispatcher.generate(
+        wanted.prompt_ids,
+        wanted.max_tokens,
+        sampling,
+        wanted.rules,
+        priority=wanted.priority,
+        timeout_s=wanted.timeout_s,
+    )
     async with aclosing(generated) as tokens:  # type: ignore[type-var]  # it is a generator
         async for token in tokens:
             is_eos = token.sampled.token_id == tokenizer.eos_id
@@ -75,6 +88,6 @@ async def run_choice(
                 piece += tail if stopped else tail + matcher.finish()
             finish: FinishReason | None = "stop" if stopped else token.finish
             deltas = [*parser.feed(piece), *(parser.finish() if finish else [])]
-            yield Event(choice, deltas, token.sampled, finish)
+            yield Event(choice, deltas, token.sampled, finish, matcher.matched)
             if finish:
                 return

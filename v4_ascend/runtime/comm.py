@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from math import prod
@@ -84,6 +84,10 @@ class CommGroup:
                 got, sent, list(sizes), [len(p) for p in parts], group=self._handle
             )
         return _typed(got, like).split(list(sizes))
+
+    def noted(self, what: str, x: torch.Tensor) -> AbstractContextManager[None]:
+        """Note an exchange that a vendor's operator makes by itself."""
+        return self._flight.exchange(self.name, what, x)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

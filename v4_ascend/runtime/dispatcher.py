@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -20,11 +20,13 @@ from v4_ascend.runtime.messages import (
     Hello,
     Loading,
     Ready,
+    Rules,
     Sampling,
     Start,
     StepResult,
 )
-from v4_ascend.runtime.scheduler import Request, Scheduler, Token
+from v4_ascend.runtime.scheduler import Scheduler, Token
+from v4_ascend.runtime.sequence import Request
 from v4_ascend.runtime.watch import RankState, Watch
 from v4_ascend.supernode.plan import Plan, experts_of
 
@@ -51,6 +53,7 @@ class Dispatcher:
     state: Path
     plan: Plan
     health: Health = field(default_factory=Health)
+    observe_step: Callable[[float], None] = lambda _: None  # sees the seconds of each step
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.plan)
@@ -113,24 +116,40 @@ class Dispatcher:
         self.scheduler.require_room(n)
 
     async def generate(
-        self, prompt_ids: Sequence[int], max_tokens: int, sampling: Sampling
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        sampling: Sampling,
+        rules: Rules | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Token]:
         """Yield tokens as they are drawn; leaving the iterator early frees the slot.
 
         Raises:
-            RequestError: the queue is full (429), the ranks are not there (503) or died (500).
+            RequestError: the queue is full (429), the ranks are not there (503) or died (500), or
+                the time is up (408).
         """
         self.require_room(1)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         request_id = next(self._ids)
         self.scheduler.add(
-            Request(id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, sampling=sampling)
+            Request(
+                id=request_id,
+                prompt_ids=prompt_ids,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                rules=rules,
+                priority=priority,
+            )
         )
         queue: asyncio.Queue[Token | RequestError] = asyncio.Queue()
         self._queues[request_id] = queue
         self._work.set()
         try:
             while True:
-                token = await queue.get()
+                token = await _next(queue, deadline, timeout_s)
                 if isinstance(token, RequestError):
                     raise token
                 yield token
@@ -227,11 +246,15 @@ class Dispatcher:
         parts.append(result)
         if len(parts) < self._n_answers:
             return
-        del self._parts[result.number], self._sent[result.number]
+        del self._parts[result.number]
+        self.observe_step(time.monotonic() - self._sent.pop(result.number))
         whole = StepResult(result.number, [s for p in parts for s in p.sampled])
         for token in self.scheduler.apply(whole):
             if token.request in self._queues:
-                self._queues[token.request].put_nowait(token)
+                failed = token.sampled.error
+                self._queues[token.request].put_nowait(
+                    RequestError(f"structured output: {failed}", status=500) if failed else token
+                )
         self._work.set()
 
     def expert_load(self) -> list[list[int]]:
@@ -268,3 +291,13 @@ class Dispatcher:
         self._parts, self._sent = {}, {}
         for request_id in self.scheduler.abandon():
             self._refuse(request_id, RequestError(f"the model stopped: {reason}", status=500))
+
+
+async def _next(
+    queue: asyncio.Queue[Token | RequestError], deadline: float | None, timeout_s: float | None
+) -> Token | RequestError:
+    left = None if deadline is None else deadline - time.monotonic()
+    try:
+        return await asyncio.wait_for(queue.get(), left)
+    except TimeoutError as e:
+        raise RequestError(f"timeout: {timeout_s:g} s are over", param="timeout", status=408) from e

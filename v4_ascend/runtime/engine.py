@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from msgspec.structs import replace
 
 from v4_ascend.backends import find_backend
+from v4_ascend.chat import ChatTokenizer
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Transformer
-from v4_ascend.ops import sample
 from v4_ascend.runtime.comm import Groups, Work
+from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.runtime.limits import limits_of
 from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
+from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
 
 CANARY_TOKENS = 140  # crosses the window and both compress ratios
@@ -55,12 +59,18 @@ class Engine:
         device: str = "cpu",
         min_page_rows: int = 1,
         groups: Groups | None = None,
+        guides: GuideFactory | None = None,
+        n_pages: int | None = None,
+        n_snapshots: int = 0,
     ) -> None:
         self.model, self.groups = model, groups or Groups.solo()
         self.n_slots = max_batch_size
         self.max_model_len = max_model_len
         self.max_chunk = max_chunk
         self.device = torch.device(device)
+        self.sampler = Sampler(
+            model.config.vocab_size, model.config.eos_token_id, self.device, guides
+        )
         self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
         self.cache = KVCache(
             model.config,
@@ -71,7 +81,9 @@ class Engine:
             index_record=records[1],
             device=device,
             min_page_rows=min_page_rows,
-            layers=model.shard.layers if groups else None,
+            layers=model.cached_layers,
+            n_pages=n_pages,
+            n_snapshots=n_snapshots,
         )
 
     @classmethod
@@ -88,20 +100,28 @@ class Engine:
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
-        checkpoint = open_for_rank(resolve_checkpoint(plan.checkpoint), plan, groups.rank)
+        folder = resolve_checkpoint(plan.checkpoint)
+        checkpoint = open_for_rank(folder, plan, groups.rank)
         config = checkpoint.config
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)
         device = backend.device()
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
+        limits = limits_of(plan, config)
+        guides = None
+        if model.head is not None and groups.tp.rank == 0:  # it draws tokens
+            guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
-            max_batch_size=plan.slots_per_group,
+            max_batch_size=limits.n_slots,
             max_model_len=plan.max_model_len,
             max_chunk=plan.max_chunk,
             records=cache_records(backend, config, numerics, plan.kernels),
             device=device,
             min_page_rows=backend.min_page_rows,
             groups=groups,
+            guides=guides,
+            n_pages=limits.n_pages,
+            n_snapshots=limits.n_snapshots,
         )
 
     @property
@@ -123,25 +143,91 @@ class Engine:
         """Run the next tokens of this rank's sequences; draw where one asks for it.
 
         With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
+        A draft that is drawn itself lets what is drawn behind it count too: the same tokens as
+        without, as a drawn token depends on logits, seed and position alone.
         """
         self.groups.flight.step = step.number
         first = self.groups.dp_rank * self.n_slots
         mine = [s for s in step.sequences if first <= s.slot < first + self.n_slots]
+        for s in mine:
+            self.cache.place(s.slot - first, s.first_page, s.pages)
+            if s.restore is not None:
+                self.cache.restore(s.slot - first, s.start, s.restore)
         batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
-        if batch is None or self.model.head is None:
-            return StepResult(step.number, [])
+        drawn = self._draw(mine, batch, streams) if batch is not None else []
+        if step.drafts:
+            self._draft(mine, drawn, batch, streams)
+        for s in mine:
+            if s.save is not None:
+                n_tokens = s.start + len(s.token_ids) - s.n_drafts
+                self.cache.save(s.slot - first, n_tokens, s.save)
+        return StepResult(step.number, [d for of_sequence in drawn for d in of_sequence])
+
+    def _draw(
+        self, mine: Sequence[SequenceStep], batch: Batch, streams: torch.Tensor
+    ) -> list[list[Sampled]]:
+        """Return what each sequence has drawn here: one token, and one more for a right draft."""
+        drawn: list[list[Sampled]] = [[] for _ in mine]
+        if self.model.head is None:
+            return drawn
+        if self.answers:
+            self.sampler.take(mine)
         begin, end = span_of(batch.n_tokens, self.model.shard.cp)
-        last = (batch.cu_seqlens[1:].long() - 1).tolist()
-        wanted = [
-            i for i, s in enumerate(mine) if s.sampling is not None and begin <= last[i] < end
-        ]
+        wanted, rows = [], []
+        for i, (s, stop) in enumerate(zip(mine, batch.cu_seqlens[1:].tolist(), strict=True)):
+            if s.sampling is None or not begin < stop <= end:
+                continue
+            for n_behind in range(s.n_drafts, -1, -1):
+                ids = s.token_ids[: len(s.token_ids) - n_behind]
+                wanted.append((i, replace(s, token_ids=ids)))
+                rows.append(stop - 1 - n_behind - begin)
         if not wanted:
-            return StepResult(step.number, [])
-        rows = torch.tensor([last[i] - begin for i in wanted], device=streams.device)
-        logits = self.model.logits(streams[rows])
+            return drawn
+        logits = self.model.logits(streams[torch.tensor(rows, device=streams.device)])
         if not self.answers:
-            return StepResult(step.number, [])
-        return StepResult(step.number, _sampled([mine[i] for i in wanted], logits))
+            return drawn
+        tokens = self.sampler.draw([s for _, s in wanted], logits)
+        for (i, _), token in zip(wanted, tokens, strict=True):
+            s, before = mine[i], [d.token_id for d in drawn[i]]
+            drafts = s.token_ids[len(s.token_ids) - s.n_drafts :]
+            if before == drafts[: len(before)]:
+                drawn[i].append(token)
+        return drawn
+
+    def _draft(
+        self,
+        mine: Sequence[SequenceStep],
+        drawn: list[list[Sampled]],
+        batch: Batch | None,
+        streams: torch.Tensor,
+    ) -> None:
+        """Run the drafter behind a step; the last token each sequence has drawn gets its guess.
+
+        Every rank takes part: of a TP group one knows what was drawn, of an EP group all have
+        experts.
+        """
+        tp = self.groups.tp
+        if batch is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            self.model.draft(streams, nothing, None, self.cache.layers, nothing)
+            return
+        next_ids: list[int] = []
+        rows: list[int] = []
+        for s, tokens, stop in zip(mine, drawn, batch.cu_seqlens[1:].tolist(), strict=True):
+            ids = [*s.token_ids[1:], s.next_id or 0]
+            if s.sampling is not None:
+                # What follows a wrong draft is computed again before anything depends on it.
+                known = [t.token_id for t in tokens] or [0]
+                ids[len(ids) - 1 - s.n_drafts :] = known + [0] * (s.n_drafts + 1 - len(known))
+                rows.append(stop - 1 - s.n_drafts + len(known) - 1)
+            next_ids += ids
+        packed = torch.tensor(next_ids + rows, device=self.device)
+        if tp.size > 1:
+            packed = tp.all_gather(packed, [len(packed)] * tp.size)[0]
+        n = len(next_ids)
+        logits = self.model.draft(streams, packed[:n], batch, self.cache.layers, packed[n:])
+        for tokens, guess in zip([t for t in drawn if t], logits.argmax(-1).tolist(), strict=False):
+            tokens[-1] = replace(tokens[-1], draft=guess)
 
     @torch.inference_mode()
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
@@ -220,25 +306,3 @@ class Engine:
             start += size
         seen = [p.cpu() for p in parts if p is not None]
         return torch.cat(seen) if seen else None
-
-
-def _sampled(sequences: list[SequenceStep], logits: torch.Tensor) -> list[Sampled]:
-    settings = [s.sampling for s in sequences if s.sampling is not None]
-    device = logits.device
-    ids = sample(
-        logits,
-        torch.tensor([s.temperature for s in settings], device=device),
-        torch.tensor([s.top_p for s in settings], device=device),
-        torch.tensor([s.seed for s in settings], dtype=torch.int64, device=device),
-        torch.tensor([s.start + len(s.token_ids) for s in sequences], device=device),
-    ).tolist()
-    out = []
-    for sequence, setting, row, token in zip(sequences, settings, logits, ids, strict=True):
-        if setting.n_logprobs is None:
-            out.append(Sampled(sequence.request, token, None, []))
-            continue
-        logprobs = row.log_softmax(-1)
-        top = logprobs.topk(min(setting.n_logprobs, len(row)))
-        pairs = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        out.append(Sampled(sequence.request, token, float(logprobs[token]), pairs))
-    return out

@@ -1,6 +1,7 @@
 """Caches of a fixed number of sequences, and the batches that address them.
 
-Every sequence slot owns its blocks for good, so that nothing is allocated while serving.
+Storages are allocated once. A slot has its own window ring and compressor states; pages of
+compressed rows are given to it from a pool that all slots share.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from v4_ascend.ops.compress_kv import row_positions, state_rows
 from v4_ascend.ops.ragged import locate, max_new_rows
 from v4_ascend.ops.records import RECORDS
 from v4_ascend.ops.rope import rope_freqs, rope_table
+from v4_ascend.runtime.snapshots import Snapshots
 
 BLOCK_TOKENS = 128  # one block of every cache covers as many original tokens
 
@@ -31,13 +33,23 @@ class Chunk:
     start: int
 
 
+def page_tokens(min_page_rows: int) -> int:
+    """Return the tokens a page covers: a block, or more where kernels want more rows in it.
+
+    An HCA layer has one row for each block.
+    """
+    return BLOCK_TOKENS * min_page_rows
+
+
 class KVCache:
     """Storages for `n_slots` sequences of up to `max_model_len` tokens.
 
-    They are of every layer, or of `layers` (half-open), those of a stage.
+    They are of every layer of the network, its drafter's last, or of `layers` (half-open), those
+    of a stage.
     `max_chunk` is the most tokens of one sequence a step may bring: a window ring must
-    hold them beside the window before. Pages of compressed rows cover a block of tokens, or
-    more where kernels want `min_page_rows` in a page.
+    hold them beside the window before. There are `n_pages` pages of `page_tokens`, by default
+    enough for all slots, which then have their own; `place` gives them others. A snapshot has
+    what a slot needs at the end of a page beside its pages.
     """
 
     def __init__(
@@ -52,6 +64,8 @@ class KVCache:
         device: torch.device | str = "cpu",
         min_page_rows: int = 1,
         layers: tuple[int, int] | None = None,
+        n_pages: int | None = None,
+        n_snapshots: int = 0,
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
@@ -59,8 +73,19 @@ class KVCache:
         self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
         self.ring_blocks = min(ring, self.n_blocks)
+        self.page_tokens = page_tokens(min_page_rows)
+        self._max_pages = -(-max_model_len // self.page_tokens)
+        self.n_pages = n_slots * self._max_pages if n_pages is None else n_pages
+        if self.n_pages < self._max_pages:
+            raise ValueError(
+                f"{self.n_pages} pages of {self.page_tokens} tokens; a request of max_model_len "
+                f"({max_model_len}) needs {self._max_pages}"
+            )
+        own = torch.arange(n_slots * self._max_pages, dtype=torch.int32) % self.n_pages
+        self._pages = own.view(n_slots, self._max_pages)
         ratios = config.compress_ratios[slice(*layers)] if layers else config.compress_ratios
         self.layers = [self._layer(ratio, kv_record, index_record) for ratio in ratios]
+        self._snapshots = Snapshots.of(self.layers, n_snapshots)
 
     def _layer(self, ratio: int, kv_record: str, index_record: str) -> LayerCache:
         c = self.config
@@ -69,7 +94,7 @@ class KVCache:
         window = kv.new_storage(n_ring, BLOCK_TOKENS, c.head_dim, self.device)
         if not ratio:
             return LayerCache(kv_record=kv_record, index_record=index_record, window=window)
-        n_blocks, rows = self.n_slots * self._n_pages(ratio), self._page_rows(ratio)
+        n_blocks, rows = self.n_pages * self._blocks_per_page(ratio), self._block_rows(ratio)
         has_index = ratio == 4
         return LayerCache(
             kv_record=kv_record,
@@ -83,12 +108,11 @@ class KVCache:
             index_state=self._state(ratio, c.index_head_dim) if has_index else None,
         )
 
-    def _page_rows(self, ratio: int) -> int:
+    def _block_rows(self, ratio: int) -> int:
         return max(BLOCK_TOKENS // ratio, self.min_page_rows)
 
-    def _n_pages(self, ratio: int) -> int:
-        """Pages of one slot's compressed rows."""
-        return -(-self.max_model_len // (self._page_rows(ratio) * ratio))
+    def _blocks_per_page(self, ratio: int) -> int:
+        return self.page_tokens // (self._block_rows(ratio) * ratio)
 
     def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
         overlaps = ratio == 4
@@ -103,16 +127,33 @@ class KVCache:
             c.rope_head_dim, c.compress_rope_theta, original_seq_len=c.original_seq_len, **yarn
         )
 
+    def place(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Give a slot pages, from its page number `first` on."""
+        self._pages[slot, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int32)
+
+    def save(self, slot: int, n_tokens: int, snapshot: int) -> None:
+        """Keep what the slot has beside its pages, which end after `n_tokens`."""
+        self._snapshots.save(self._ring_block(slot, n_tokens - 1), slot, snapshot)
+
+    def restore(self, slot: int, n_tokens: int, snapshot: int) -> None:
+        """Put back what was kept at the end of a prefix of `n_tokens`."""
+        self._snapshots.restore(self._ring_block(slot, n_tokens - 1), slot, snapshot)
+
+    def _ring_block(self, slot: int, position: int) -> int:
+        return slot * self.ring_blocks + position // BLOCK_TOKENS % self.ring_blocks
+
     @cached_property
-    def _tables(self) -> dict[int, torch.Tensor]:
-        """Block tables of all slots by ratio: window rings (0), and compressed rows."""
+    def _rings(self) -> torch.Tensor:
+        """Block tables of all slots' window rings."""
         slots = torch.arange(self.n_slots, dtype=torch.int32).unsqueeze(1)
         block = torch.arange(self.n_blocks, dtype=torch.int32)
-        tables = {0: slots * self.ring_blocks + block % self.ring_blocks}
-        for ratio in sorted(set(self.config.compress_ratios) - {0}):
-            n_pages = self._n_pages(ratio)
-            tables[ratio] = slots * n_pages + torch.arange(n_pages, dtype=torch.int32)
-        return tables
+        return slots * self.ring_blocks + block % self.ring_blocks
+
+    def _table(self, ratio: int, slots: torch.Tensor) -> torch.Tensor:
+        """Block tables of some slots' compressed rows."""
+        n = self._blocks_per_page(ratio)
+        blocks = self._pages[slots].unsqueeze(-1) * n + torch.arange(n, dtype=torch.int32)
+        return blocks.flatten(1)
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """Lay out one step: computed on the host, then copied to the device.
@@ -132,8 +173,7 @@ class KVCache:
         counts = torch.tensor([len(c.token_ids) for c in chunks])
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
         request, position = locate(seq_lens, cu_seqlens)
-        tables = {ratio: table[slots] for ratio, table in self._tables.items()}
-        ring = tables.pop(0)
+        ring = self._rings[slots]
         swa, compress = self._freqs
         block = ring[request, position // BLOCK_TOKENS].long()
         batch = Batch(
@@ -146,8 +186,8 @@ class KVCache:
             rope=rope_table(position, swa),
             compress_rope=rope_table(position, compress),
             compressed={
-                ratio: self._rows(ratio, table, seq_lens, cu_seqlens, compress)
-                for ratio, table in tables.items()
+                ratio: self._rows(ratio, self._table(ratio, slots), seq_lens, cu_seqlens, compress)
+                for ratio in sorted(set(self.config.compress_ratios) - {0})
             },
         )
         return batch if self.device.type == "cpu" else to_device(batch, self.device)
@@ -165,8 +205,8 @@ class KVCache:
         starts = torch.tensor(row_positions(seq_lens, cu_seqlens, ratio), dtype=torch.int64)
         before = (seq_lens - cu_seqlens.diff()) // ratio
         owner = torch.repeat_interleave((seq_lens // ratio - before).long())
-        page_rows, row = self._page_rows(ratio), starts // ratio
-        slot = table[owner, row // page_rows].long() * page_rows + row % page_rows
+        block_rows, row = self._block_rows(ratio), starts // ratio
+        slot = table[owner, row // block_rows].long() * block_rows + row % block_rows
         spare = (0, max_rows - len(starts))
         cos, sin = rope_table(F.pad(starts, spare), freqs)
         return CompressedRows(

@@ -10,6 +10,7 @@ import torch
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.quant_types import DERIVED_ENDINGS
 from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
@@ -41,7 +42,7 @@ def load_model(
     """
     checkpoint.require_complete()
     if held is None:
-        headers = checkpoint.headers.values()
+        headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
         total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
     else:
         total = bytes_read(held)
@@ -67,13 +68,13 @@ def load_rank(
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
-    config = checkpoint.config
+    config, with_mtp = checkpoint.config, plan.n_draft_tokens > 0
     shard = shard_of(plan, groups, config)
     if isinstance(checkpoint, Checkpoint):
         return load_model(
             checkpoint,
             numerics,
-            with_mtp=False,
+            with_mtp=with_mtp,
             progress=progress,
             device=device,
             shard=shard,
@@ -81,7 +82,7 @@ def load_rank(
         )
     total = sum(h.nbytes for h in checkpoint.headers.values())
     source = _counted(checkpoint.tensor, total, progress, device)
-    return Transformer.read(source, config, numerics, with_mtp=False, shard=shard)
+    return Transformer.read(source, config, numerics, with_mtp=with_mtp, shard=shard)
 
 
 def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
@@ -114,11 +115,13 @@ def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:
     """Return what the plan gives the rank that is in these groups."""
     p, rank = plan.parallel, plan.ranks[groups.rank]
     first, end = rank.layers
+    even = by_number(config.n_routed_experts, p.ep_size)
     placed = (
         plan.expert_placement[first:end]
         if plan.expert_placement is not None
-        else (by_number(config.n_routed_experts, p.ep_size),) * (end - first)
+        else (even,) * (end - first)
     )
+    placed += (even,) * config.n_mtp_layers  # the drafter's, where there is one
     return Shard(
         layers=rank.layers,
         placement=placed,

@@ -5,19 +5,47 @@ from __future__ import annotations
 import msgspec
 
 
-class Sampling(msgspec.Struct, frozen=True):
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """How to draw a token; `n_logprobs` None asks for no log probabilities."""
 
     temperature: float
     top_p: float
     seed: int
     n_logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
 
 
-class SequenceStep(msgspec.Struct, frozen=True):
+class Rules(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What changes a request's logits before one is drawn, by what was drawn before.
+
+    They go to the ranks once, with the first step of a request in a slot. From then on a rank
+    counts the tokens it is given at positions from `n_before` on, which are the drawn ones.
+    `before` has the tokens in front of them that count too: of the prompt, for the repetition
+    penalty, and drawn ones, of a request that starts anew; `n_drawn` says how many, at its end.
+    """
+
+    n_before: int
+    before: list[int] = []
+    n_drawn: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0  # drawn before the end token may be
+    grammar: str | None = None  # of llguidance: what may be drawn at all
+
+
+class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
     """The next tokens of one request: `start` of its tokens are in the slot's caches.
 
-    Without `sampling` more of the prompt follows, and nothing is drawn.
+    Without `sampling` more of the prompt follows, `next_id` first, and nothing is drawn. `rules`
+    come with the first step of a request in a slot, if it has any.
+
+    `pages` are the slot's from its page number `first_page` on. Before the step the slot's other
+    caches are restored from a snapshot, after it they are saved to one, where such are named.
+    The last `n_drafts` tokens are guesses: of what is drawn behind each token, only what follows
+    right ones counts.
     """
 
     request: int
@@ -25,15 +53,28 @@ class SequenceStep(msgspec.Struct, frozen=True):
     token_ids: list[int]
     start: int
     sampling: Sampling | None
+    rules: Rules | None = None
+    pages: list[int] = []
+    first_page: int = 0
+    restore: int | None = None
+    save: int | None = None
+    n_drafts: int = 0
+    next_id: int | None = None
 
 
-class Sampled(msgspec.Struct, frozen=True):
-    """A drawn token, its log probability, and those of the most likely ones."""
+class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A drawn token, its log probability, and those of the most likely ones.
+
+    With an `error` the token means nothing: the request's grammar could not be followed. `draft`
+    is a guess of the token behind it.
+    """
 
     request: int
     token_id: int
     logprob: float | None
     top_logprobs: list[tuple[int, float]]
+    error: str | None = None
+    draft: int | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -55,10 +96,14 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Front to ranks: one step, the same for all of them, in the order of their numbers."""
+    """Front to ranks: one step, the same for all of them, in the order of their numbers.
+
+    With `drafts` the drafter runs too, and every drawn token comes with a guess of the next.
+    """
 
     number: int
     sequences: list[SequenceStep]
+    drafts: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save
 
 from v4_ascend import __version__
 from v4_ascend.backends import Backend, find_backend
+from v4_ascend.checkpoint.folder import MANIFEST
+from v4_ascend.checkpoint.manifest import Manifest
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ConfigError
@@ -190,8 +192,18 @@ def record(
         "checkpoint_digest": checkpoint.digest,
         "input_ids_digest": hashlib.sha256(input_ids.contiguous().numpy().tobytes()).hexdigest(),
     }
+    metadata |= _conversion(checkpoint)
     tensors = {"logits": logits} | (trace.tensors if trace else {})
     return tensors, metadata
+
+
+def _conversion(checkpoint: Checkpoint) -> dict[str, str]:
+    """Say what a converted checkpoint was made of, so that the two may be compared."""
+    file = checkpoint.path / MANIFEST
+    if not file.exists():
+        return {}
+    made = Manifest.read(file)
+    return {"source_digest": made.source.digest, "format": made.format or ""}
 
 
 def write_record(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

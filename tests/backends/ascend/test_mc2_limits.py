@@ -97,7 +97,7 @@ def test_a_buffer_that_is_too_small_is_refused_not_overrun(monkeypatch):
 def _dispatch(group, chip="a3"):
     ASCEND.use_chip(chip)
     x, ids = torch.zeros(2, 4096, dtype=BF16), torch.zeros(2, 6, dtype=torch.int64)
-    arguments = (x, ids, torch.zeros(2, 6), 256, group)
+    arguments = (x, ids, torch.zeros(2, 6), 256, group, False)
     for kernel in moe_dispatch.tried("ascend"):
         if kernel.name == "distribute_dispatch" and group.hccl_name is not None:
             continue  # it would ask the device for its name

@@ -4,11 +4,13 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from v4_ascend.backends.exchange import exchange_rows, exchange_tokens
-from v4_ascend.ops import moe_combine, moe_dispatch
+from v4_ascend.ops import fp8_round_trip, moe_combine, moe_dispatch
 
-N_EXPERTS, TOPK, DIM = 8, 3, 16
+N_EXPERTS, TOPK, DIM = 8, 3, 256
 
 
 class Together:
@@ -42,12 +44,12 @@ class Member:
         return got
 
 
-def run(size, dispatch, combine, inputs):
+def run(size, dispatch, combine, inputs, fp8):
     together, out = Together(size), [None] * size
 
     def work(rank):
         group, (x, ids, weights) = Member(together, rank), inputs[rank]
-        rows, *rest = dispatch(x, ids, weights, N_EXPERTS, group)
+        rows, *rest = dispatch(x, ids, weights, N_EXPERTS, group, fp8)
         scaled = rows * 1.5 + rest[0].unsqueeze(1)
         out[rank] = (rows, *rest, combine(scaled, rest[2], TOPK, rest[3], group))
 
@@ -59,8 +61,9 @@ def run(size, dispatch, combine, inputs):
     return out
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("tokens", [(5, 0, 7, 2), (0, 0, 0, 0), (1, 1)])
-def test_both_ways_give_the_same_bits(tokens):
+def test_both_ways_give_the_same_bits(tokens, fp8):
     g = torch.Generator().manual_seed(4)
     inputs = [
         (
@@ -70,7 +73,17 @@ def test_both_ways_give_the_same_bits(tokens):
         )
         for n in tokens
     ]
-    want = run(len(tokens), moe_dispatch.reference, moe_combine.reference, inputs)
-    got = run(len(tokens), exchange_tokens, exchange_rows, inputs)
+    want = run(len(tokens), moe_dispatch.reference, moe_combine.reference, inputs, fp8)
+    got = run(len(tokens), exchange_tokens, exchange_rows, inputs, fp8)
     for a, b in zip(got, want, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@given(st.integers(0, 2**32), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_rounding_twice_is_rounding_once(seed, dtype):
+    """So experts that round their input see no difference in rows that travelled rounded."""
+    g = torch.Generator().manual_seed(seed)
+    octave = torch.randint(-40, 30, (4, 256), generator=g).float()
+    x = (torch.randn(4, 256, generator=g) * torch.exp2(octave)).to(dtype)
+    once = fp8_round_trip(x, 128)
+    assert torch.equal(fp8_round_trip(once, 128), once)

@@ -25,8 +25,9 @@ import torch_npu  # noqa: E402
 
 from v4_ascend.backends.ascend import mc2  # noqa: E402
 from v4_ascend.emulation import calls, reset_calls  # noqa: E402
-from v4_ascend.ops import moe_combine, moe_dispatch, use_policy  # noqa: E402
+from v4_ascend.ops import act_quant, moe_combine, moe_dispatch, use_policy  # noqa: E402
 from v4_ascend.ops.check import assert_close  # noqa: E402
+from v4_ascend.ops.formats import dequantize_groups  # noqa: E402
 from v4_ascend.ops.op import ROUNDED  # noqa: E402
 from v4_ascend.runtime.comm import CommGroup, _hccl_name  # noqa: E402
 from v4_ascend.runtime.flight import Flight  # noqa: E402
@@ -63,13 +64,15 @@ def worked(rows, row_weights):
 
 def wanted(parts):
     """What the references give this rank, its dispatch and its combine."""
-    got = moe_dispatch.reference(*parts[RANK], N_EXPERTS, Everyone(parts))
+    got = moe_dispatch.reference(*parts[RANK], N_EXPERTS, Everyone(parts), False)
     n_pairs = sum(len(p[0]) for p in parts) * TOPK
     shares = []
     for rank in range(SIZE):
         group = Everyone(parts)
         group.rank = rank
-        rows, row_weights, _, source, _ = moe_dispatch.reference(*parts[rank], N_EXPERTS, group)
+        rows, row_weights, _, source, _ = moe_dispatch.reference(
+            *parts[rank], N_EXPERTS, group, False
+        )
         pairs = torch.zeros(n_pairs, DIM)
         pairs[source] = worked(rows, row_weights).float()
         shares.append(pairs)
@@ -77,15 +80,19 @@ def wanted(parts):
     return got, out
 
 
-def batch(group, parts):
+def rounded(x):
+    return dequantize_groups(*act_quant.reference(x, 128)).to(x.dtype)
+
+
+def batch(group, parts, fp8):
     """Run one batch on the device; return which vendor operators it called."""
     reset_calls()
     rows, row_weights, sizes, source, tokens = moe_dispatch(
-        *(t.to("npu") for t in parts[RANK]), N_EXPERTS, group
+        *(t.to("npu") for t in parts[RANK]), N_EXPERTS, group, fp8
     )
     out = moe_combine(worked(rows, row_weights), source, TOPK, tokens, group)
     found = {name.removeprefix("npu::npu_"): n for name, n in calls("npu").items()}
-    got, summed = wanted(parts)
+    got, summed = wanted([(rounded(x), *rest) for x, *rest in parts] if fp8 else parts)
     here = (rows, row_weights, sizes, source, tokens)
     assert_close(tuple(t.cpu() for t in here), got, moe_dispatch.tolerance)
     # The vendor rounds the sum to the rows' dtype.
@@ -170,11 +177,12 @@ def main():
     name = _hccl_name(own, torch.device("npu"))
     group = CommGroup("ep", range(SIZE), RANK, handle, Flight(), name)
     g = torch.Generator().manual_seed(9)
+    has_fp8 = CHIP.startswith("950")
     found = []
     with torch.inference_mode(), use_policy(backend="ascend"):
-        for tokens in BATCHES:
+        for number, tokens in enumerate(BATCHES):
             parts = [inputs(g, n) for n in tokens[:SIZE]]
-            found.append(batch(group, parts))
+            found.append(batch(group, parts, fp8=has_fp8 and number % 2 == 1))
         seen = {"calls": found, "said": refusals(name), "name": name}
         seen["misordered"] = misordered(group)
     dist.barrier()
@@ -195,7 +203,7 @@ def misordered(group):
     torch_npu.npu_moe_distribute_dispatch_v2 = backwards
     try:
         x, ids, weights = (t.to("npu") for t in inputs(torch.Generator().manual_seed(2), 4))
-        moe_dispatch(x, ids, weights, N_EXPERTS, group)
+        moe_dispatch(x, ids, weights, N_EXPERTS, group, False)
     except Exception as e:  # noqa: BLE001  # the test wants its type and words
         return f"{type(e).__name__}: {e}"
     finally:

@@ -47,10 +47,10 @@ def test_a_rank_gets_the_rows_of_its_experts(rank):
     BACKENDS["ascend"].use_chip(None)
     parts = list(_ranks())
     mine = parts[rank]
-    want = moe_dispatch.reference(*mine, N_EXPERTS, Everyone(rank, parts, "cpu"))
+    want = moe_dispatch.reference(*mine, N_EXPERTS, Everyone(rank, parts, "cpu"), False)
     with torch.inference_mode(), use_policy(backend="ascend"):
         there = [t.to("npu") for t in mine]
-        got = moe_dispatch(*there, N_EXPERTS, Everyone(rank, parts, "npu"))
+        got = moe_dispatch(*there, N_EXPERTS, Everyone(rank, parts, "npu"), False)
     assert_close(tuple(t.cpu() for t in got), want, moe_dispatch.tolerance)
     assert calls("npu")["npu::npu_moe_init_routing_v2"] == 1
 

@@ -1,8 +1,9 @@
 """The whole network on emulated NPUs, each chip with the caches and kernels it would use.
 
 Flash widths (the vendor's kernels refuse others), one layer of each kind, random weights. A2
-and A3 do not load FP8, so they run the same model in bf16. The index picks 32 rows instead
-of 512, so that there is a choice after 128 tokens.
+and A3 do not load FP8, so they run the same model in bf16, and what `convert` makes of the FP8
+one: INT8, and INT4 experts. The index picks 32 rows instead of 512, so that there is a choice
+after 128 tokens.
 """
 
 import json
@@ -18,9 +19,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from v4_ascend.checkpoint.convert import Conversion
+from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.reader import Checkpoint
+from v4_ascend.checkpoint.recoding import Recoding
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.precision import recipe_for
 from v4_ascend.config.presets import preset_path
 from v4_ascend.runtime.compare import compare, open_pair
 from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
@@ -30,11 +35,12 @@ TOKENS, PREFILL, CHUNK, TOPK = 142, 139, 90, 32
 STEPS = 2 + TOKENS - PREFILL
 LAYERS = 3  # window only, HCA, CSA
 EMULATED = {"a2": "a2", "a3": "a3", "950": "950dt"}
-STORED = {"a2": "bf16", "a3": "bf16", "950": "fp8"}
+RUNS = [("a2", "bf16"), ("a2", "w4a8"), ("a3", "w8a8"), ("950", "fp8")]  # A3 calls what A2 calls
+CONVERTED = ("w8a8", "w4a8")
 RECORDS = {"a2": "bf16, int8", "a3": "bf16, int8", "950": "fp8_640, fp8_132"}
 # Median error of the logits. Without simulation the int8 choice of rows is what differs; with
 # it a value near a tie rounds the other way now and then: measured 0.01 and 0.07.
-MEDIAN = {"fp8": 0.15, "bf16": 0.03}
+MEDIAN = {"fp8": 0.15, "bf16": 0.03, "w8a8": 0.15, "w4a8": 0.15}
 
 # What each step calls, by chip; ascend.md's operators that our operators reach.
 _OLD = {
@@ -62,12 +68,16 @@ _BOTH = {
     "npu::npu_rms_norm": 5 * LAYERS + 1,
 }
 PER_STEP = {"a2": _BOTH | _OLD, "a3": _BOTH | _OLD, "950": _BOTH | _NEW}
+# With INT8: wq_b and wo_b of each layer; an input of each of the experts' products is quantised.
+_INT8 = {"npu::npu_quant_matmul": 2 * LAYERS, "npu::npu_dynamic_quant": (2 + 4) * LAYERS}
 # And where more rows are visible than the index picks: the first chunk's 22 all fit.
 _CHOICE = {
     "_C_ascend::npu_vllm_quant_lightning_indexer": 1,
     "_C_ascend::npu_vllm_quant_lightning_indexer_metadata": 1,
     "_C_ascend::inplace_partial_rotary_mul": 1,
 }
+# The indexer's wq_b runs where there is a choice.
+_INT8_CHOICE = {"npu::npu_quant_matmul": 1, "npu::npu_dynamic_quant": 1}
 PER_CHOICE = {"a2": _CHOICE, "a3": _CHOICE, "950": _CHOICE | {"npu::npu_quant_matmul": 1}}
 
 
@@ -93,8 +103,18 @@ def by_references(folder):
     """Return a function: the CPU references' record of a checkpoint, made once."""
 
     @cache
+    def make_checkpoint(kind):
+        if kind not in CONVERTED:
+            write_synthetic(_config(kind), folder / kind, seed=2)
+            return
+        make_checkpoint("fp8")
+        original = CheckpointFolder(folder / "fp8")
+        recoding = Recoding(original, kind, recipe_for(kind, None, None))
+        Conversion(original, recoding).run(folder / kind)
+
+    @cache
     def make(kind):
-        write_synthetic(_config(kind), folder / kind, seed=2)
+        make_checkpoint(kind)
         checkpoint = Checkpoint(folder / kind)
         ids = read_input_ids(folder / "ids.safetensors", checkpoint.config.vocab_size)
         how = Recording(prefill=PREFILL, chunk=CHUNK, dtype="bf16")
@@ -105,11 +125,10 @@ def by_references(folder):
     return make
 
 
-@pytest.mark.parametrize("chip", PER_STEP)
-def test_logits_are_the_references_and_every_operator_is_called(folder, by_references, chip):
-    kind = STORED[chip]
+@pytest.mark.parametrize(("chip", "kind"), RUNS)
+def test_logits_are_the_references_and_every_operator_is_called(folder, by_references, chip, kind):
     expected = by_references(kind)
-    out = folder / f"{chip}.json"
+    out = folder / f"{chip}-{kind}.json"
     arguments = [folder / kind, folder / "ids.safetensors", PREFILL, CHUNK]
     done = subprocess.run(
         [sys.executable, RUNNER, "record", EMULATED[chip], out, *map(str, arguments)],
@@ -127,6 +146,9 @@ def test_logits_are_the_references_and_every_operator_is_called(folder, by_refer
     assert found.differences["proof"] == ("executed", "emulated call")
     assert found.differences["records"] == ("bf16, bf16", RECORDS[chip])
 
+    is_int8 = kind in CONVERTED
     wanted = Counter({name: n * STEPS for name, n in PER_STEP[chip].items()})
     wanted.update({name: n * (STEPS - 1) for name, n in PER_CHOICE[chip].items()})
+    wanted.update({name: n * STEPS for name, n in _INT8.items() if is_int8})
+    wanted.update({name: n * (STEPS - 1) for name, n in _INT8_CHOICE.items() if is_int8})
     assert json.loads(out.read_text()) == wanted

@@ -112,8 +112,9 @@ def npu_grouped_matmul(
 ) -> list[torch.Tensor]:
     """Multiply each expert's rows of x[0] [m, k] by its matrix of weight[0] [e, k, n].
 
-    bf16/fp16; int8 with scale [e, n] and per_token_scale [m]; on 950 MXFP8, and MXFP8 x
-    MXFP4 (weight bytes [e, k/2, n], antiquant_scale). Rows of no expert are NaN.
+    bf16/fp16; int8 with scale [e, n] and per_token_scale [m]; on A2 and A3 int8 by int4 (int32
+    [e, k, n/8] with scale int64 [e, 1, n] and bias [e, n]); on 950 MXFP8, and MXFP8 x MXFP4
+    (weight bytes [e, k/2, n], antiquant_scale). Rows of no expert are NaN.
     """
     check = Checks("npu_grouped_matmul", "op-plugin npu_grouped_matmul.md")
     check.one_of((2, 3), split_item=split_item)
@@ -123,7 +124,9 @@ def npu_grouped_matmul(
     rows, matrices = _only(check, "x", x), _only(check, "weight", weight)
     assert rows is not None
     assert matrices is not None
-    check.need(not any((bias, offset, antiquant_offset)), "bias or offset", "given", "not emulated")
+    check.need(not any((offset, antiquant_offset)), "offset", "given", "not emulated")
+    packed_int4 = matrices.dtype == torch.int32
+    check.need(packed_int4 or not bias, "bias", "given", "not emulated but for int4 weights")
     check.shape(None, None, **{"x[0]": rows})
     check.shape(None, None, None, **{"weight[0]": matrices})
     e, depth, n = matrices.shape
@@ -136,6 +139,12 @@ def npu_grouped_matmul(
         check.dtype(rows.dtype, **{"weight[0]": matrices})
         check.need(depth == rows.shape[1], "weight's K", depth, f"x has {rows.shape[1]}")
         a, b, out = rows.float(), matrices.float(), rows.dtype
+    elif rows.dtype == torch.int8 and packed_int4:
+        check.given(output_dtype=output_dtype)
+        check.one_of((15, formats.SCALAR_BF16), output_dtype=output_dtype)
+        groups = _groups(check, group_list, group_list_type or 0, e, len(rows))
+        only = _only(check, "bias", bias)
+        return [_int8_by_int4(check, rows, matrices, by_column, by_row, only, groups)]
     elif rows.dtype == torch.int8:
         check.dtype(torch.int8, **{"weight[0]": matrices})
         check.need(depth == rows.shape[1], "weight's K", depth, f"x has {rows.shape[1]}")
@@ -167,6 +176,45 @@ def npu_grouped_matmul(
     for i, mine in enumerate(_groups(check, group_list, group_list_type or 0, e, len(rows))):
         y[mine] = (a[mine] @ b[i]).to(out)
     return [y]
+
+
+def _int8_by_int4(
+    check: Checks,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: list[slice],
+) -> torch.Tensor:
+    """Multiply by halves of int8, as int4 hardware does: 16 high + (low - 8), the 8 in the bias."""
+    check.one_of(("a2", "a3"), **{"the chip, for int4 weights": running_on().generation})
+    check.given(scale=scale, per_token_scale=x_scale, bias=bias)
+    assert scale is not None
+    assert x_scale is not None
+    assert bias is not None
+    e, depth, words = weight.shape
+    n = 8 * words
+    check.need(depth == x.shape[1], "weight's K", depth, f"x has {x.shape[1]}")
+    check.contiguous(**{"weight[0]": weight})
+    check.dtype(torch.int64, scale=scale)
+    check.shape(e, 1, n, scale=scale)
+    check.dtype(torch.float32, per_token_scale=x_scale, bias=bias)
+    check.shape(len(x), per_token_scale=x_scale)
+    check.shape(e, n, bias=bias)
+    factor = (scale & 0xFFFFFFFF).to(torch.int64).numpy().astype("uint32").view("float32")
+    to_top = torch.arange(28, -1, -4, dtype=torch.int32)  # of 32 bits: shifted back, signed
+    high = (x >> 4).float()
+    low = (x & 15).float() - 8
+    y = torch.full((len(x), n), float("nan"), dtype=torch.bfloat16)
+    for i, mine in enumerate(groups):
+        if mine.start == mine.stop:
+            continue
+        values = ((weight[i].unsqueeze(-1) << to_top) >> 28).flatten(-2).float()
+        sums = 16 * (high[mine] @ values) + low[mine] @ values
+        wide = sums * torch.from_numpy(factor[i, 0]) + bias[i]
+        y[mine] = (wide * x_scale[mine].unsqueeze(-1)).bfloat16()
+    return y
 
 
 @stand_in("_C_ascend::grouped_matmul_swiglu_quant", ("a2", "a3"))

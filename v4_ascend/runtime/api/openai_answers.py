@@ -1,4 +1,4 @@
-"""Responses of the OpenAI API, whole or as a stream of chunks."""
+"""Answers of OpenAI's chat and text completions, whole or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from v4_ascend.chat import (
     ReasoningDelta,
     ToolCallDelta,
 )
+from v4_ascend.runtime.api.usage import Usage
 from v4_ascend.runtime.choice import Event
 from v4_ascend.runtime.messages import Sampled
 
@@ -27,8 +28,7 @@ class Envelope:
     model: str
     is_chat: bool
     fingerprint: str
-    n_prompt: int
-    n_completion: int = 0
+    usage: Usage
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -44,13 +44,14 @@ class Envelope:
             "choices": choices,
         }
 
-    def usage(self) -> dict[str, int]:
+    def usage_json(self) -> dict[str, Any]:
         """Return the tokens counted so far."""
-        total = self.n_prompt + self.n_completion
+        u = self.usage
         return {
-            "prompt_tokens": self.n_prompt,
-            "completion_tokens": self.n_completion,
-            "total_tokens": total,
+            "prompt_tokens": u.n_prompt,
+            "completion_tokens": u.n_completion,
+            "total_tokens": u.n_prompt + u.n_completion,
+            "completion_tokens_details": {"reasoning_tokens": u.n_reasoning},
         }
 
 

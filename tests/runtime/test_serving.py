@@ -1,0 +1,189 @@
+"""Whatever the scheduler does with caches, answers are those each request gets alone."""
+
+from dataclasses import replace as changed
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layouts import make_plan, write_tiny
+from msgspec.structs import replace
+
+from v4_ascend.ops import use_policy
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.runtime.limits import limits_of
+from v4_ascend.runtime.messages import Sampling
+from v4_ascend.runtime.scheduler import Scheduler
+from v4_ascend.runtime.sequence import Request
+
+LENGTH = 1024
+GREEDY = Sampling(0.0, 1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    """Caches of full pages are poisoned: rows of another request would be seen."""
+    with use_policy(kernels="reference"):
+        loaded = Engine.load(plan(checkpoint), lambda done, total: None)
+        yield loaded
+
+
+def plan(checkpoint, **changes):
+    return make_plan(
+        checkpoint,
+        {},
+        kernels="reference",
+        max_model_len=LENGTH,
+        max_batch_size=3,
+        max_chunk=160,
+        cache_tokens=2 * LENGTH,
+        prefix_snapshots=3,
+        n_draft_tokens=1,
+    ).model_copy(update=changes)
+
+
+def drive(engine, limits, requests, guess=lambda sampled, n: sampled.draft):
+    """Serve requests to their end; return their tokens and the scheduler.
+
+    `guess` may replace the drafter's, of the token behind the first `n`.
+    """
+    scheduler = Scheduler(limits, eos_id=-1)
+    tokens = {r.id: [] for r in requests}
+    for r in requests:
+        scheduler.add(r)
+    while (step := scheduler.next_step()) is not None:
+        result, n = engine.step(step), {}
+        for i, sampled in enumerate(result.sampled):
+            n[sampled.request] = n.get(sampled.request, len(tokens[sampled.request])) + 1
+            result.sampled[i] = replace(sampled, draft=guess(sampled, n[sampled.request]))
+        for token in scheduler.apply(result):
+            tokens[token.request].append(token.sampled.token_id)
+    return tokens, scheduler
+
+
+def poison(engine):
+    """Leave nothing in the caches that could be read by mistake and be right by chance."""
+    for cache in engine.cache.layers:
+        for storage in (
+            cache.window,
+            cache.compressed,
+            cache.state,
+            cache.index,
+            cache.index_state,
+        ):
+            if storage is not None:
+                storage.fill_(float("nan") if storage.is_floating_point() else 0)
+
+
+def prompt(family, n_shared, own, n_own, vocab):
+    g = torch.Generator().manual_seed(family)
+    shared = torch.randint(0, vocab, (n_shared,), generator=g).tolist()
+    g.manual_seed(1000 + own)
+    return shared + torch.randint(0, vocab, (n_own,), generator=g).tolist()
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    shapes=st.lists(
+        st.tuples(
+            st.integers(0, 1),
+            st.sampled_from([0, 100, 256, 300]),
+            st.integers(1, 60),
+            st.integers(1, 8),
+        ),
+        min_size=3,
+        max_size=4,
+    )
+)
+def test_answers_are_those_each_request_gets_alone(checkpoint, engine, shapes):
+    """Batches, chunks, shared prefixes, and pages too few for all."""
+    config = engine.config
+    limits = changed(limits_of(plan(checkpoint), config), min_acceptance=0.0)
+    requests = [
+        Request(
+            id=n,
+            prompt_ids=prompt(family, n_shared, n, n_own, config.vocab_size),
+            max_tokens=max_tokens,
+            sampling=GREEDY,
+        )
+        for n, (family, n_shared, n_own, max_tokens) in enumerate(shapes)
+    ]
+    plainly = limits_of(plan(checkpoint, prefix_snapshots=0, n_draft_tokens=0), config)
+    alone = {}
+    for r in requests:
+        poison(engine)
+        alone |= drive(engine, plainly, [r])[0]
+    poison(engine)
+
+    def lucky(sampled, n):
+        """What the drafter says, or now and then the truth."""
+        truth = alone[sampled.request][n : n + 1]
+        return truth[0] if truth and n % 3 else sampled.draft
+
+    together, scheduler = drive(engine, limits, requests, lucky)
+    assert together == alone
+    if sum(r.max_tokens for r in requests) > 20:
+        assert scheduler.counters.accepted
+
+
+def test_a_prefix_is_found_and_pages_are_given_up(checkpoint, engine):
+    """What the property above relies on does happen: hits, and requests sent back."""
+    config = engine.config
+    limits = limits_of(plan(checkpoint, cache_tokens=LENGTH), config)
+    requests = [
+        Request(
+            id=n,
+            prompt_ids=prompt(5, 256, n, 120, config.vocab_size),
+            max_tokens=12,
+            sampling=GREEDY,
+        )
+        for n in range(4)
+    ]
+    poison(engine)
+    together, scheduler = drive(engine, limits, requests)
+    assert scheduler.counters.cached_tokens >= 2 * 256
+    assert scheduler.counters.preempted >= 1
+    poison(engine)
+    plainly = limits_of(plan(checkpoint, prefix_snapshots=0, n_draft_tokens=0), config)
+    assert together[3] == drive(engine, plainly, [requests[3]])[0][3]
+
+
+def test_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, engine):
+    """Step by step, with wrong guesses in between, it sees what it would see at once."""
+    config = engine.config
+    limits = changed(limits_of(plan(checkpoint), config), min_acceptance=0.0)
+    ids = prompt(1, 0, 7, 170, config.vocab_size)
+    seen = {}
+
+    def note(sampled, n):
+        seen[n] = sampled.draft
+        return sampled.draft
+
+    poison(engine)
+    tokens, scheduler = drive(
+        engine, limits, [Request(id=0, prompt_ids=ids, max_tokens=9, sampling=GREEDY)], note
+    )
+    assert scheduler.counters.drafted >= 4
+    whole = torch.tensor([*ids, *tokens[0]])
+    poison(engine)
+    fresh = KVCache(
+        config,
+        n_slots=1,
+        max_model_len=LENGTH,
+        max_chunk=LENGTH,
+        kv_record="fp32",
+        index_record="fp32",
+    )
+    with torch.inference_mode():
+        batch = fresh.batch([Chunk(0, whole[:-1].tolist(), 0)])
+        streams = engine.model(batch, fresh.layers)
+        guesses = engine.model.draft(streams, whole[1:], batch, fresh.layers).argmax(-1).tolist()
+    assert seen == {n: guesses[len(ids) + n - 2] for n in seen}

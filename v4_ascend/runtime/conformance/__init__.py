@@ -1,0 +1,1 @@
+"""`conformance`: does an OpenAI-compatible endpoint serve V4 as its users expect?"""

@@ -1,0 +1,29 @@
+"""What a plan has room for: the same figures for the scheduler and for the ranks' caches."""
+
+from __future__ import annotations
+
+from v4_ascend.backends import find_backend
+from v4_ascend.config.model import ModelConfig
+from v4_ascend.runtime.kv_cache import BLOCK_TOKENS, page_tokens
+from v4_ascend.runtime.scheduler import Limits
+from v4_ascend.supernode.plan import Plan
+
+
+def limits_of(plan: Plan, config: ModelConfig) -> Limits:
+    """Return the limits of one DP group."""
+    size = page_tokens(find_backend(plan.backend, "plan.backend").min_page_rows)
+    per_request = -(-plan.max_model_len // size)
+    n_pages = plan.slots_per_group * per_request
+    if plan.cache_tokens is not None:
+        share = plan.cache_tokens // plan.parallel.dp_size // size
+        n_pages = max(per_request, min(n_pages, share))
+    # A snapshot has one block of each window.
+    may_share = config.window_size <= BLOCK_TOKENS
+    return Limits(
+        n_slots=plan.slots_per_group,
+        max_chunk=plan.max_chunk,
+        n_pages=n_pages,
+        page_tokens=size,
+        n_snapshots=plan.prefix_snapshots if may_share else 0,
+        n_drafts=min(plan.n_draft_tokens, 1),
+    )
