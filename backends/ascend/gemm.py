@@ -11,7 +11,7 @@ import torch
 from v4_ascend.backends.ascend import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
-from v4_ascend.ops.formats import E8M0, FP8, ceil_to_e8m0, is_mx, scale_to_float
+from v4_ascend.ops.formats import E8M0, ceil_to_e8m0, is_mx, scale_to_float
 from v4_ascend.ops.gemm import ACT_GROUP
 
 MX_PAIR = 64  # channels of two scales of 32, which lie side by side
@@ -108,14 +108,15 @@ def quant_matmul_mx(
     """Multiply as MXFP8; the weight is read transposed where it lies."""
     if not a.shape[0]:
         return torch.empty(0, b.shape[0], dtype=out_dtype, device=a.device)
-    y: torch.Tensor = torch_npu().npu_quant_matmul(
+    npu = torch_npu()
+    y: torch.Tensor = npu.npu_quant_matmul(
         a,
         b.T,
         prepared.get(b_scale, MX_SCALE).view(E8M0),
         pertoken_scale=_act_scale(a_scale),
         output_dtype=out_dtype,
-        pertoken_scale_dtype=E8M0,
-        scale_dtype=E8M0,
+        pertoken_scale_dtype=npu.float8_e8m0fnu,  # its own number: torch's is refused when traced
+        scale_dtype=npu.float8_e8m0fnu,
         group_sizes=MX_GROUPS,
     )
     return y
@@ -195,18 +196,16 @@ def _grouped(
         by_format = {
             "weight": [weight.transpose(1, 2)],
             "scale": [scale.view(E8M0)],
-            "scale_dtype": E8M0,
-            "weight_dtype": FP8,
+            "scale_dtype": npu.float8_e8m0fnu,
         }
     (y,) = npu.npu_grouped_matmul(
         x=[x],
         per_token_scale=[_act_scale(x_scale)],
-        per_token_scale_dtype=E8M0,
+        per_token_scale_dtype=npu.float8_e8m0fnu,
         split_item=ONE_OUTPUT,
         group_type=BY_ROWS,
         group_list=group_sizes,
         group_list_type=COUNTS,
-        x_dtype=FP8,
         output_dtype=out_dtype,
         **by_format,
     )

@@ -26,9 +26,9 @@ NARROW_OPS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm")  # need such
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.
 NAMES = (
-    (A5, r"a5|950.*"),
-    (A3, r"a3|910c.*|910_93.*"),
-    (A2, r"a2|910b.*"),
+    (A5, r"(a5|950(pr|dt)?)([-_]\w+)?"),
+    (A3, r"(a3|910c|910_93\w*)([-_]\w+)?"),
+    (A2, r"(a2|910b(\d\w*)?)([-_]\w+)?"),
 )
 SOC_VERSIONS = {A2: range(220, 226), A3: range(250, 256), A5: range(260, 261)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -21,7 +21,10 @@ from v4_ascend.cli import (
     ranktable,
     shard,
 )
-from v4_ascend.errors import V4AscendError
+from v4_ascend.errors import ConfigError, V4AscendError
+
+# click's UsageError: older typers take it from click, newer ones carry it with them.
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,11 +64,27 @@ def root(
 
 
 def main() -> None:
-    """Run the command; an error raised on purpose is one message on stderr, not a traceback."""
+    """Run the command; what is wrong is one line on stderr, and no traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except V4AscendError as e:
         if "--debug" in sys.argv:
             raise
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        code = _say(str(e), e.exit_code)
+    except _UsageError as e:
+        code = _say(_misused(e), ConfigError.exit_code)
+    except typer.Abort:
+        code = _say("interrupted", V4AscendError.exit_code)
+    sys.exit(code)
+
+
+def _say(what: str, exit_code: int) -> int:
+    if what:
+        print(f"error: {what}", file=sys.stderr)
+    return exit_code
+
+
+def _misused(error: Any) -> str:
+    said: str = error.format_message()  # nothing where the help has been printed instead
+    command = error.ctx.command_path if error.ctx else "v4-ascend"
+    return said and f"{command}: {said.rstrip('.')}; see {command} -h"

@@ -77,13 +77,14 @@ def verify_command(
     if emulate:
         emulate_npu(backend or "", soc)
     from v4_ascend.backends import BACKENDS, find_backend
+    from v4_ascend.cli.files import require_writable
     from v4_ascend.cli.operator_tables import print_results
     from v4_ascend.cli.progress import reporter
     from v4_ascend.runtime.verify import Selection, verify
     from v4_ascend.runtime.verify_report import facts, write_report
 
-    if report is not None and report.exists() and not report.is_dir():
-        raise ConfigError("--report", f"{report} is no folder")
+    if report is not None:
+        require_writable("--report", report, make=True)
     if backend is None:
         chosen = [b for b in BACKENDS.values() if b.why_unavailable() is None]
     else:

@@ -75,12 +75,14 @@ def record_command(
         emulate_npu(backend, soc)
     from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.cli.files import require_writable
     from v4_ascend.cli.progress import reporter
     from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
 
     find_backend(backend).require()
-    if not out.absolute().parent.is_dir():
-        raise ConfigError("--out", f"no folder {out.absolute().parent}")
+    if out.is_dir():
+        raise ConfigError("--out", f"{out} is a folder, must be a file")
+    require_writable("--out", out.absolute().parent)
     source = Checkpoint(checkpoint)
     ids = read_input_ids(input_ids, source.config.vocab_size)
     how = Recording(
@@ -119,8 +121,11 @@ def compare_command(
     from v4_ascend.cli.comparison import print_comparison
     from v4_ascend.runtime.compare import compare, open_pair
 
-    one, two, bounds = open_pair(a, b)
     given = {k: v for k, v in {"median": median, "worst": worst}.items() if v is not None}
+    for name, most in given.items():
+        if not most >= 0:
+            raise ConfigError(f"--{name}", f"{most} must be at least 0")
+    one, two, bounds = open_pair(a, b)
     found = compare(one, two, replace(bounds, **given))
     if as_json:
         _echo_json(found.facts(), found.problems)
@@ -135,21 +140,24 @@ def bisect_command(
     b: Annotated[Path, typer.Argument(help="the traced record to judge")],
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
-    """Name the first layer and operator in which two traced runs part; exit 5 if one is found."""
+    """Name the first layer and operator in which two traced runs part; exit 5 if they do."""
     from v4_ascend.cli.comparison import divergence_lines
     from v4_ascend.runtime.bisect import bisect
-    from v4_ascend.runtime.compare import open_pair
+    from v4_ascend.runtime.compare import compare, open_pair
 
     one, two, bounds = open_pair(a, b)
     found = bisect(one, two, bounds)
+    if found is not None:
+        problems = divergence_lines(found)
+    else:  # a trace is of the first sequence, logits are of all
+        problems = [f"logits: {p}" for p in compare(one, two, bounds).problems]
     if as_json:
-        problems = [] if found is None else divergence_lines(found)
         _echo_json(None if found is None else found.facts(), problems)
-    elif found is None:
-        typer.echo(f"no operator of {b} is out of bounds")
     else:
-        typer.echo("\n".join(divergence_lines(found)))
-    raise typer.Exit(0 if found is None else ParityError.exit_code)
+        if found is None:
+            typer.echo(f"no operator of {b} is out of bounds")
+        typer.echo("\n".join(problems), nl=bool(problems))
+    raise typer.Exit(ParityError.exit_code if problems else 0)
 
 
 def _echo_json(data: dict[str, Any] | None, problems: list[str]) -> None:

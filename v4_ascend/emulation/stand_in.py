@@ -20,6 +20,7 @@ import torch
 from v4_ascend.emulation import call_log
 from v4_ascend.emulation.chips import Chip
 from v4_ascend.emulation.device import Kernels, on_cpu
+from v4_ascend.emulation.meta import META, by_name
 
 ALL = ("a2", "a3", "950")
 CUSTOM = "_C_ascend"
@@ -77,6 +78,9 @@ def install(chip: Chip) -> tuple[torch.library.Library, Kernels]:
             known = STAND_INS.get(f"{CUSTOM}::{name}")
             kernel = known.function if known else _not_emulated(f"{CUSTOM}::{name}")
             custom.impl(name, on_cpu(kernel, f"{CUSTOM}::{name}"), "PrivateUse1")
+            if name in META:
+                parsed = torch._C.parse_schema(f"{CUSTOM}::{schema}")
+                custom.impl(name, by_name(name, parsed), "Meta")
             if "_metadata" in name and name.startswith("npu_"):
                 # Without an optional tensor nothing says which device: the argument does.
                 custom.impl(

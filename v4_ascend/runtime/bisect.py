@@ -72,6 +72,8 @@ def bisect(a: Record, b: Record, bounds: Bounds) -> Divergence | None:
             return Divergence(*place, op, int(output), row, error, bound, measure, before)
         if measure == "relative error":
             before = max(before, error)
+    if more := theirs.difference(calls):
+        raise ConfigError(str(a.path), f"has no {min(more)}: the runs made other calls")
     return None
 
 

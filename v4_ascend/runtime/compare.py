@@ -8,6 +8,7 @@ positions are far off in a run that is right, the median is not.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from v4_ascend.errors import ConfigError
 
+# What the commands read of a record's metadata.
+NEEDED = ("dtype", "quant_sim", "mode", "checkpoint_digest", "input_ids_digest")
+TRACED = re.compile(r"trace/\d+/\d+/(streams|\d+\.\w+\.\d+)")
 NEAR_TIE = 1e-3  # top-1 gap of logits below which greedy decoding may choose otherwise
 
 
@@ -61,8 +65,21 @@ class Record:
         self.path = file
         self.metadata: dict[str, str] = self._file.metadata() or {}
         self.names = list(self._file.keys())
-        if "logits" not in self.names or "input_ids_digest" not in self.metadata:
-            raise ConfigError(str(file), "is not what v4-ascend parity record writes")
+        if why := self._why_none():
+            raise ConfigError(str(file), f"is not what v4-ascend parity record writes: {why}")
+
+    def _why_none(self) -> str | None:
+        if "logits" not in self.names:
+            return "it has no logits"
+        if missing := [key for key in NEEDED if key not in self.metadata]:
+            return f"its metadata has no {', '.join(missing)}"
+        if odd := next((n for n in self.traced if not TRACED.fullmatch(n)), None):
+            return f"{odd} is no name of a trace"
+        logits = self._file.get_slice("logits")
+        shape, dtype = logits.get_shape(), logits.get_dtype()
+        if dtype != "F32" or len(shape) != 3 or 0 in shape or shape[-1] < 2:
+            return f"logits are {dtype} {shape}, must be F32 [n, s, vocab_size]"
+        return None
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor."""
@@ -83,9 +100,9 @@ class Record:
         return self.metadata["dtype"] == "fp32" and self.metadata["quant_sim"] == "off"
 
 
-def _execution(name: str) -> tuple[str, str, str]:
-    step, layer, what = name.split("/")[1:]
-    return step, layer, "~" if what == "streams" else what
+def _execution(name: str) -> tuple[str, str]:
+    place, _, what = name.rpartition("/")
+    return place, "~" if what == "streams" else what
 
 
 def open_pair(a: Path, b: Path) -> tuple[Record, Record, Bounds]:
@@ -170,12 +187,14 @@ def compare(a: Record, b: Record, bounds: Bounds) -> Comparison:
     """Compare logits [n, s, vocab], and layers where both were traced.
 
     Raises:
-        ConfigError: the logits have other shapes.
+        ConfigError: the logits, or the streams behind a layer, have other shapes.
     """
     x, y = a.tensor("logits").double(), b.tensor("logits").double()
     if x.shape != y.shape:
         raise ConfigError(str(b.path), f"logits {list(y.shape)}, {a.path} has {list(x.shape)}")
     error = relative_error(x.flatten(0, 1), y.flatten(0, 1)).view(x.shape[:2])
+    # Unlike scores of hidden rows, no logit may be infinite, however well both agree on it.
+    error[~(x.isfinite() & y.isfinite()).all(-1)] = float("inf")
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)
     top = x.topk(2, dim=-1)
@@ -216,14 +235,24 @@ def _drift(a: Record, b: Record) -> list[LayerDrift]:
     drift = []
     ours, theirs = _streams(a), _streams(b)
     for layer in sorted(set(ours) & set(theirs)):
-        # Steps are joined: two runs may cut the same tokens into other chunks.
-        x, y = (
-            torch.cat([r.tensor(n) for n in names])
-            for r, names in ((a, ours[layer]), (b, theirs[layer]))
-        )
+        x, y = _joined(a, ours[layer]), _joined(b, theirs[layer])
+        if x.shape != y.shape:
+            has = f"{list(y.shape)} behind layer {layer}, {a.path} has {list(x.shape)}"
+            raise ConfigError(str(b.path), f"streams {has}")
         error = relative_error(x, y)
         drift.append(LayerDrift(layer, float(error.median()), float(error.max())))
     return drift
+
+
+def _joined(record: Record, names: list[str]) -> torch.Tensor:
+    """Join steps: two runs may cut the same tokens into other chunks."""
+    steps = [record.tensor(name) for name in names]
+    odd = next(
+        (n for n, s in zip(names, steps, strict=True) if s.shape[1:] != steps[0].shape[1:]), ""
+    )
+    if odd:
+        raise ConfigError(str(record.path), f"{odd} has other widths than {names[0]}")
+    return torch.cat(steps)
 
 
 def _streams(record: Record) -> dict[int, list[str]]:

@@ -9,7 +9,7 @@ Tensor: TypeAlias = Any  # mindspore.Tensor, which importing this module must no
 UNLIMITED = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionOperators:
     """vllm-ascend's attention operators on MindSpore tensors of an Ascend device. Never run.
 

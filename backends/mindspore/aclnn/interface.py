@@ -21,6 +21,7 @@ _C_KINDS = (
     (r"\bdouble\b", "float"),
     (r"\bint64_t\b", "int"),
 )
+CHIPS = ("a2", "a3", "950")
 _HANDLES = 2  # workspaceSize and executor end every declaration
 
 
@@ -34,8 +35,9 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """An aclnn function, and the torch operator that calls it."""
+    """An aclnn function, the torch operator that calls it, and the chips it is built for."""
 
+    chips: tuple[str, ...]
     operator: str
     name: str
     arguments: tuple[Argument, ...]
@@ -49,10 +51,11 @@ def recorded() -> dict[str, Function]:
     for line in text.splitlines():
         if line.startswith("#"):
             continue
-        operator, _, call = line.partition("  ")
+        chips, operator, call = line.split("  ")
         name, _, arguments = call.rstrip(")").partition("(")
         pairs = (a.split(" ") for a in arguments.split(", "))
-        found[name] = Function(operator, name, tuple(Argument(k, n) for k, n in pairs))
+        given = tuple(Argument(k, n) for k, n in pairs)
+        found[name] = Function(tuple(chips.split(",")), operator, name, given)
     return found
 
 
@@ -66,17 +69,23 @@ def declared(header: str, function: str) -> tuple[Argument, ...] | None:
 
 
 def why_not_installed(packages: Sequence[Path]) -> str | None:
-    """Return None if `packages` declare every function as recorded, else the first reason."""
+    """Return None if `packages` are a chip's, with every function as recorded, else a reason."""
     headers = {path: path.read_text(errors="replace") for path in _headers(packages)}
+    missing = []
     for function in recorded().values():
         declarations = {p: d for p, t in headers.items() if (d := declared(t, function.name))}
-        if not declarations:
-            where = ", ".join(map(str, packages)) or "no folder"
-            return f"no operator package declares {function.name} (looked in {where})"
         for path, arguments in declarations.items():
             if why := _difference(function.arguments, arguments):
                 return f"{path}: {function.name} {why}; it is another version's or package's"
-    return None
+        if not declarations:
+            missing.append(function)
+    # Packages are built per chip, and attention differs: one chip's functions are all there.
+    lacks = [[f for f in missing if chip in f.chips] for chip in CHIPS]
+    if not all(lacks):
+        return None
+    nearest = min(lacks, key=len)[0]
+    where = ", ".join(map(str, packages)) or "no folder"
+    return f"no operator package declares {nearest.name} (looked in {where})"
 
 
 def _headers(packages: Sequence[Path]) -> Iterator[Path]:

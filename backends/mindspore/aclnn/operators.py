@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from v4_ascend.backends.mindspore.aclnn.attention import AttentionOperators, Tensor
+from v4_ascend.backends.mindspore.aclnn.quant_attention import QuantAttentionOperators
 
 
-@dataclass(frozen=True, slots=True)
-class AclnnOperators(AttentionOperators):
-    """All eight operators on MindSpore tensors of an Ascend device. Never run.
+@dataclass(frozen=True)
+class AclnnOperators(AttentionOperators, QuantAttentionOperators):
+    """All ten operators on MindSpore tensors of an Ascend device. Never run.
 
     T tokens, B requests, E experts. Outputs are new tensors; nothing else is written unless
     the operator says so.

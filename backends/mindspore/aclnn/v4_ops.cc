@@ -119,6 +119,49 @@ Tensors SparseAttnSharedkvMetadata(int64_t num_heads_q, int64_t num_heads_kv, in
              {cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv}, {metadata});
 }
 
+Tensors KvQuantSparseAttnSharedkv(const Tensor &q, int64_t kv_quant_mode, const Maybe &ori_kv, const Maybe &cmp_kv,
+                                  const Maybe &ori_sparse_indices, const Maybe &cmp_sparse_indices,
+                                  const Maybe &ori_block_table, const Maybe &cmp_block_table, const Maybe &cu_seqlens_q,
+                                  const Maybe &cu_seqlens_ori_kv, const Maybe &cu_seqlens_cmp_kv,
+                                  const Maybe &seqused_q, const Maybe &seqused_kv, const Maybe &sinks,
+                                  const Maybe &metadata, int64_t tile_size, int64_t rope_head_dim, double softmax_scale,
+                                  int64_t cmp_ratio, int64_t ori_mask_mode, int64_t cmp_mask_mode, int64_t ori_win_left,
+                                  int64_t ori_win_right, const std::string &layout_q, const std::string &layout_kv,
+                                  bool return_softmax_lse) {
+  auto lse_shape = q.shape();
+  lse_shape.back() = 1;
+  const auto ori_kv_stride = PageStride(ori_kv), cmp_kv_stride = PageStride(cmp_kv);
+  Tensor out(q.data_type(), q.shape()), softmax_lse(kFloat, return_softmax_lse ? lse_shape : ShapeVector{0});
+  const auto launch = LAUNCH_ACLNN_FUNC(
+    aclnnKvQuantSparseAttnSharedkv, q, ori_kv, cmp_kv, ori_sparse_indices, cmp_sparse_indices, ori_block_table,
+    cmp_block_table, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv, sinks, metadata,
+    kv_quant_mode, tile_size, rope_head_dim, softmax_scale, cmp_ratio, ori_mask_mode, cmp_mask_mode, ori_win_left,
+    ori_win_right, layout_q, layout_kv, ori_kv_stride, cmp_kv_stride, return_softmax_lse, out, softmax_lse);
+  return Run("KvQuantSparseAttnSharedkv", launch,
+             {q, ori_kv, cmp_kv, ori_sparse_indices, cmp_sparse_indices, ori_block_table, cmp_block_table, cu_seqlens_q,
+              cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv, sinks, metadata},
+             {out, softmax_lse});
+}
+
+Tensors KvQuantSparseAttnSharedkvMetadata(int64_t num_heads_q, int64_t num_heads_kv, int64_t head_dim,
+                                          int64_t kv_quant_mode, Maybe cu_seqlens_q, Maybe cu_seqlens_ori_kv,
+                                          Maybe cu_seqlens_cmp_kv, Maybe seqused_q, Maybe seqused_kv,
+                                          int64_t batch_size, int64_t max_seqlen_q, int64_t max_seqlen_kv,
+                                          int64_t ori_topk, int64_t cmp_topk, int64_t tile_size, int64_t rope_head_dim,
+                                          int64_t cmp_ratio, int64_t ori_mask_mode, int64_t cmp_mask_mode,
+                                          int64_t ori_win_left, int64_t ori_win_right, const std::string &layout_q,
+                                          const std::string &layout_kv, bool has_ori_kv, bool has_cmp_kv) {
+  EmptyForNone({&cu_seqlens_q, &cu_seqlens_ori_kv, &cu_seqlens_cmp_kv, &seqused_q, &seqused_kv});
+  Tensor metadata(kInt, {kMetadataSize});
+  const auto launch = LAUNCH_ACLNN_FUNC(
+    aclnnKvQuantSparseAttnSharedkvMetadata, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv,
+    num_heads_q, num_heads_kv, head_dim, batch_size, max_seqlen_q, max_seqlen_kv, ori_topk, cmp_topk, kv_quant_mode,
+    tile_size, rope_head_dim, cmp_ratio, ori_mask_mode, cmp_mask_mode, ori_win_left, ori_win_right, layout_q, layout_kv,
+    has_ori_kv, has_cmp_kv, metadata);
+  return Run("KvQuantSparseAttnSharedkvMetadata", launch,
+             {cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv}, {metadata});
+}
+
 Tensors QuantLightningIndexer(const Tensor &query, const Tensor &key, const Tensor &weights,
                               const Tensor &query_dequant_scale, const Tensor &key_dequant_scale,
                               int64_t query_quant_mode, int64_t key_quant_mode, const Maybe &actual_seq_lengths_query,
@@ -193,6 +236,8 @@ PYBIND11_MODULE(MS_EXTENSION_NAME, m) {
   Define<1>(&m, "compressor", Compressor);
   Define<2>(&m, "npu_sparse_attn_sharedkv", SparseAttnSharedkv);
   Define<1>(&m, "npu_sparse_attn_sharedkv_metadata", SparseAttnSharedkvMetadata);
+  Define<2>(&m, "npu_kv_quant_sparse_attn_sharedkv", KvQuantSparseAttnSharedkv);
+  Define<1>(&m, "npu_kv_quant_sparse_attn_sharedkv_metadata", KvQuantSparseAttnSharedkvMetadata);
   Define<2>(&m, "npu_vllm_quant_lightning_indexer", QuantLightningIndexer);
   Define<1>(&m, "npu_vllm_quant_lightning_indexer_metadata", QuantLightningIndexerMetadata);
   Define<3>(&m, "moe_gating_top_k_hash", MoeGatingTopKHash);

@@ -1,5 +1,7 @@
 """The table of Ascend kernels, and what follows from it, on a machine without an NPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -69,6 +71,7 @@ def test_each_chip_gets_the_attention_its_build_has():
         ("910_9391", "a3"),
         ("ascend910c", "a3"),
         ("A3", "a3"),
+        ("ascend-a2-64", "a2"),
     ],
 )
 def test_a_chip_has_many_names(name, chip):
@@ -113,6 +116,17 @@ def test_plain_torch_is_counted_honestly():
     assert sorted(soc.plain_only("950")) == sorted(
         [*by_triton, "sample", "act_quant", "fp4_act_quant"]
     )
+
+
+def test_the_readme_counts_what_the_table_has():
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+
+    def counted(names):
+        return f"{len(names)}: {', '.join(f'`{n}`' for n in names)}" if names else "none"
+
+    for chip, named in {"a2": "A2, A3", "a3": "A2, A3", "950": "950"}.items():
+        plain, absent = sorted(soc.plain_only(chip)), soc.absent(chip)
+        assert f"| {named} | {counted(plain)} | {counted(absent)}" in text
 
 
 @pytest.mark.parametrize("chip", soc.CHIPS)

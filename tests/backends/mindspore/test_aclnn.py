@@ -16,6 +16,8 @@ from v4_ascend.errors import BackendUnavailableError
 SOURCE = Path(aclnn.__file__).with_name("v4_ops.cc").read_text()
 RECORDED = interface.recorded()
 FUNCTIONS = pytest.mark.parametrize("function", RECORDED.values(), ids=list(RECORDED))
+# hc_eps before norm_eps; kv_quant_mode behind the sizes: as the vendor calls them.
+REORDERED = ("aclnnHcPre", "aclnnKvQuantSparseAttnSharedkvMetadata")
 TYPES = {"tensor": "Tensor", "int": "int", "float": "float", "bool": "bool", "str": "str"}
 
 
@@ -61,7 +63,7 @@ def test_the_record_has_every_argument_of_the_torch_schema(function):
     for is_tensor in (True, False):
         ours = [n for n in names if (wanted[n] == "Tensor") == is_tensor]
         theirs = [n for n in wanted if (wanted[n] == "Tensor") == is_tensor]
-        swaps = function.name == "aclnnHcPre" and not is_tensor  # hc_eps before norm_eps
+        swaps = function.name in REORDERED and not is_tensor
         assert (sorted(ours) if swaps else ours) == (sorted(theirs) if swaps else theirs)
 
 
@@ -125,6 +127,23 @@ def _camel(name):
 
 def test_a_package_that_fits_is_accepted(cann):
     assert aclnn.why_unavailable() is None
+
+
+@pytest.mark.parametrize("chip", interface.CHIPS)
+def test_a_package_has_its_chips_functions_alone(cann, chip):
+    """Packages are built per chip: the 950 has an attention of its own, and not the other."""
+    for function in RECORDED.values():
+        if chip not in function.chips:
+            (cann / f"aclnn_{function.operator}.h").unlink()
+    assert aclnn.why_unavailable() is None
+    attention = next(f for f in RECORDED.values() if "SparseAttn" in f.name and chip in f.chips)
+    (cann / f"aclnn_{attention.operator}.h").unlink()
+    assert f"no operator package declares {attention.name}" in aclnn.why_unavailable()
+
+
+@FUNCTIONS
+def test_functions_are_recorded_for_the_chips_that_torch_has_them_on(function):
+    assert function.chips == schemas()[function.operator][0]
 
 
 @pytest.mark.parametrize(

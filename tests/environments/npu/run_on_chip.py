@@ -3,8 +3,8 @@
     python run_on_chip.py kernels CHIP OUT SHAPES
     python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL CHUNK
 
-OUT is JSON: for kernels a list of results, for record the calls of vendor operators; the
-record itself lies beside it.
+OUT is JSON: for kernels a list of results, and what opcheck says of each vendor operator; for
+record the calls of vendor operators, and the record itself lies beside it.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from opchecks import FirstCalls, problem, uncalled
 from oracles import wanted
 
 from v4_ascend.backends import BACKENDS
@@ -54,15 +55,18 @@ def _run(op, case, kernel):
 
 def kernels(out, shapes):
     """Every kernel of the chip on every case of a size; references at tiny ones only."""
-    results = []
-    with torch.inference_mode(), use_policy(backend="ascend", kernels="fast"):
+    results, made = [], FirstCalls()
+    with torch.inference_mode(), use_policy(backend="ascend", kernels="fast"), made:
+        tiny = shapes == "tiny"
         for op in OPS.values():
-            tiny = shapes == "tiny"
             cases = [c for c in op.cases() if (tiny and not c.models) or shapes in c.models]
             for kernel in op.tried("ascend"):
                 if tiny or kernel.provider != "torch":
                     results += [_run(op, case, kernel) for case in cases]
-    Path(out).write_text(json.dumps({"chip": soc.current_chip(), "results": results}))
+    chip = soc.current_chip()
+    calls_made = [*made.calls.values(), *(uncalled(chip) if tiny else ())]
+    checks = [(f.name(), problem(f, args, kwargs)) for f, args, kwargs in calls_made]
+    Path(out).write_text(json.dumps({"chip": chip, "results": results, "opchecks": checks}))
 
 
 def record_logits(out, folder, ids, prefill, chunk):

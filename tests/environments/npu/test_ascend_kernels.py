@@ -12,13 +12,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from test_schemas import CALLS as SCHEMA_CALLS
 
 from v4_ascend.backends import BACKENDS
 from v4_ascend.backends.ascend import soc
+from v4_ascend.emulation.stand_in import STAND_INS
 from v4_ascend.ops import OPS
 
 RUNNER = Path(__file__).with_name("run_on_chip.py")
 EMULATED = {"a2": "a2", "a3": "a3", "950": "950dt"}
+ELSEWHERE = {
+    "npu::npu_format_cast": "torch_npu has no Meta kernel for it; test_schemas.py",
+    "npu::npu_moe_distribute_dispatch_v2": "needs other ranks; test_mc2.py",
+    "npu::npu_moe_distribute_combine_v2": "needs other ranks; test_mc2.py",
+}
 # They refuse one rank, and so every case: test_mc2 and tests/backends/cpu/test_exchange have more.
 OF_MANY_RANKS = ("distribute_dispatch", "distribute_combine", "exchange_tokens", "exchange_rows")
 
@@ -33,7 +40,7 @@ def _kernels():
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
+def answers(tmp_path_factory):
     """Return a function: what a chip's kernels did on cases of a size, asked once."""
 
     @cache
@@ -49,9 +56,21 @@ def results(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads(out.read_text())
         assert found["chip"] == chip  # read off the emulated device
-        return found["results"]
+        return found
 
     return ask
+
+
+@pytest.fixture(scope="session")
+def results(answers):
+    """Return a function: each kernel of a chip on each case of a size."""
+    return lambda chip, shapes: answers(chip, shapes)["results"]
+
+
+@pytest.fixture(scope="session")
+def opchecks(answers):
+    """Return a function: what opcheck said of each vendor operator a chip was asked for."""
+    return lambda chip: [tuple(c) for s in ("tiny", "flash") for c in answers(chip, s)["opchecks"]]
 
 
 def _of(results, op, kernel):
@@ -96,6 +115,21 @@ def test_a_kernel_makes_the_calls_its_row_names(results, chip):
         mine = [r for r in found if (r["op"], r["kernel"]) == (row.op, row.kernel)]
         calls = {c for r in mine if not r["refused"] for c in r["calls"]}
         assert calls == {row.vendor, *row.beside}, row
+
+
+@pytest.mark.parametrize("chip", soc.CHIPS)
+def test_stand_ins_return_what_meta_kernels_say(opchecks, chip):
+    """On the calls our kernels make: torch_npu's own Meta, and for `_C_ascend` ours."""
+    assert [(name, why) for name, why in opchecks(chip) if why] == []
+
+
+@pytest.mark.parametrize("chip", soc.CHIPS)
+def test_every_operator_of_a_chip_is_opchecked(opchecks, chip):
+    """Here or, of torch_npu's, in test_schemas.py, on the same stand-ins."""
+    alone = {f"npu::{name}" for name, _, _ in SCHEMA_CALLS} | set(ELSEWHERE)
+    there = {s.name for s in STAND_INS.values() if chip in s.generations}
+    assert there - {name for name, _ in opchecks(chip)} - alone == set()
+    assert set(ELSEWHERE) <= there
 
 
 @pytest.mark.parametrize("chip", soc.CHIPS)

@@ -95,6 +95,15 @@ def test_shapes_and_dtypes_are_the_vendors(name, args, kwargs):
         torch.library.opcheck(op, args, kwargs, test_utils="test_schema")
 
 
+@pytest.mark.parametrize("acl_format", [2, 29])
+def test_a_private_format_is_a_copy_in_plain_order(acl_format):
+    """FRACTAL_NZ says how bytes lie; what a tensor holds, and its shape, are as they were."""
+    weight = t(2, 64, 32, dtype=torch.int8)
+    cast = torch_npu.npu_format_cast(weight, acl_format)
+    assert cast.data_ptr() != weight.data_ptr()
+    assert torch.equal(cast.cpu(), weight.cpu())
+
+
 def test_a_wrong_shape_is_noticed():
     """opcheck can fail: the vendor's Meta says bf16 rows, a stand-in with fp32 ones is refused."""
     from v4_ascend.emulation.device import on_cpu

@@ -211,7 +211,7 @@ def compressor_metadata(
     Rows there are none of: cos 1, sin 0, slot -1 (format 1) or [-1, kv_block_size - 1] (2).
 
     Shapes:
-        return  [num_compressed_tokens, rope dim] twice, [n] or [n, 2] int32
+        return  [num_compressed_tokens, 1, 1, rope dim] twice, [n] or [n, 2] int32
     """
     check = Checks("compressor_metadata", "vllm-ascend's compressor_metadata kernel")
     check.one_of((FLAT, BLOCK_OFFSET), slot_mapping_format=slot_mapping_format)
@@ -247,6 +247,7 @@ def compressor_metadata(
                 cos[row], sin[row] = rope_cos[g * compress_ratio], rope_sin[g * compress_ratio]
                 slots[row] = torch.tensor([block, g % kv_block_size])
             row += 1
+    cos, sin = cos[:, None, None], sin[:, None, None]
     if slot_mapping_format == BLOCK_OFFSET:
         return cos, sin, slots
     flat = torch.where(slots[:, 0] < 0, -1, slots[:, 0] * kv_block_size + slots[:, 1])

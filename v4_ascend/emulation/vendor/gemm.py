@@ -237,7 +237,7 @@ def grouped_matmul_swiglu_quant(
     check = Checks("grouped_matmul_swiglu_quant", "vllm-ascend grouped_matmul_swiglu_quant")
     return (
         *_swiglu_quant(check, x, weight, weight_scale, x_scale, group_list, SUMS, swiglu_limit),
-        torch.empty(0),
+        torch.empty(()),
     )
 
 

@@ -159,7 +159,8 @@ def npu_swiglu_group_quant(
     """Return swiglu of x [T, 2 I] in e4m3 [T, I], its factors per 128 channels, and itself.
 
     The gate (first half) is limited above, the other half on both sides, by clamp_value;
-    topk_weight [T] or [T, 1] multiplies the product. Without output_origin the third is empty.
+    topk_weight [T] or [T, 1] multiplies the product. Without output_origin nothing is written
+    to the third.
     """
     check = Checks(
         "npu_swiglu_group_quant", "cann-recipes npu_swiglu_group_quant, torch_binding.cpp"
@@ -170,7 +171,7 @@ def npu_swiglu_group_quant(
     check.one_of((1,), quant_mode=quant_mode)
     check.one_of((128,), group_size=group_size)
     check.need(x.shape[1] % 256 == 0, "x.shape[1]", x.shape[1], "two halves of whole groups of 128")
-    check.need(not ue8m0_scale or round_scale, "ue8m0_scale", True, "it needs round_scale")
+    check.need(not ue8m0_scale, "ue8m0_scale", True, "factors of quant_mode 1 are fp32")
     check.dtype(torch.float32, topk_weight=topk_weight)
     if topk_weight is not None:
         check.need(
@@ -189,8 +190,8 @@ def npu_swiglu_group_quant(
     else:
         scale = largest.clamp_min(1e-4) / formats.FP8_MAX
     values = formats.to_fp8(groups / scale.unsqueeze(-1)).flatten(-2)
-    origin = y.to(x.dtype) if output_origin else torch.empty(0, dtype=x.dtype)
-    return values, scale.to(formats.E8M0) if ue8m0_scale else scale, origin
+    unwritten = torch.full(y.shape, torch.nan, dtype=x.dtype)
+    return values, scale, y.to(x.dtype) if output_origin else unwritten
 
 
 def swiglu(x: torch.Tensor, limit: float) -> torch.Tensor:

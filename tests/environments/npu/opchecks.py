@@ -1,0 +1,84 @@
+"""Every vendor operator that is called, as opcheck sees it: the stand-in against a Meta kernel.
+
+The Meta kernels are torch_npu's own, and for `_C_ascend` those of v4_ascend/emulation/meta.py.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NPU = "npu:0"
+NAMESPACES = ("_C_ascend", "npu")
+
+
+class FirstCalls(TorchDispatchMode):
+    """Keeps each vendor operator's first call, with copies of its tensors as they came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_new = func.namespace in NAMESPACES and func.name() not in self.calls
+        # A call without rows says nothing of the outputs' widths.
+        if is_new and all(t.numel() for t in _tensors(args, kwargs)):
+            self.calls[func.name()] = (func, *tree_map(_copy, (args, kwargs)))
+        return func(*args, **kwargs)
+
+
+def _tensors(*arguments):
+    return [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+
+
+def _copy(x):
+    if not isinstance(x, torch.Tensor):
+        return x
+    with torch.inference_mode(False):
+        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def problem(op, args, kwargs):
+    """None if an operator passes opcheck, else what it says."""
+    # test_schema multiplies its inputs to compare them, which torch cannot do in fp8.
+    narrow = any(x.dtype.itemsize == 1 for x in _tensors(args, kwargs))
+    with torch.inference_mode(False):
+        for test in ("test_faketensor", "test_schema")[: 1 if narrow else 2]:
+            try:
+                torch.library.opcheck(op, args, kwargs, test_utils=test)
+            except Exception as e:  # noqa: BLE001  # whatever it is, the test that asked says it
+                return f"{test}: {type(e).__name__}: {e}"
+    return None
+
+
+def uncalled(chip):
+    """Calls of operators that a chip has, and that no kernel of ours makes."""
+    g = torch.Generator().manual_seed(0)
+
+    def t(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, generator=g).to(dtype).to(NPU)
+
+    def ints(*values, dtype=torch.int32):
+        return torch.tensor(values, dtype=dtype, device=NPU)
+
+    ops = torch.ops._C_ascend
+    angles = t(32, 64, dtype=torch.float32)
+    for slots in (1, 2):
+        rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
+        yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}
+    if chip == "950":
+        # The schema's default is a number of the vendor's own, no torch dtype of that name.
+        fp8 = {"dst_type": torch.float8_e4m3fn, "clamp_value": 10.0}
+        yield ops.npu_swiglu_group_quant.default, (t(4, 512), None, None), fp8
+        return
+    yield ops.npu_rms_norm_dynamic_quant.default, (t(4, 64), t(64)), {}
+    experts = (
+        torch.randint(-9, 9, (6, 64), generator=g).to(torch.int8).to(NPU),
+        torch.randint(-9, 9, (2, 64, 128), generator=g).to(torch.int8).to(NPU),
+        t(2, 128, dtype=torch.float32), t(6, dtype=torch.float32).abs(),
+    )  # fmt: skip
+    ends = ints(2, 6, dtype=torch.int64)
+    yield ops.grouped_matmul_swiglu_quant.default, (*experts, ends), {"swiglu_limit": 10.0}
+    x, weight, scale, x_scale = experts
+    listed = (x, [weight], [scale], x_scale, ends, None, None, None)
+    yield ops.grouped_matmul_swiglu_quant_v2.default, listed, {"swiglu_limit": 10.0}
