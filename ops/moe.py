@@ -107,12 +107,29 @@ def _unpermute_inputs(
 
 
 def _dispatch_inputs(
-    g: torch.Generator, n_tokens: int, dim: int, n_experts: int, topk: int, dtype: torch.dtype
+    g: torch.Generator,
+    n_tokens: int,
+    dim: int,
+    n_experts: int,
+    topk: int,
+    dtype: torch.dtype,
+    fp8: bool = False,
 ) -> dict[str, Any]:
     inputs = _permute_inputs(g, n_tokens, dim, n_experts, topk, dtype)
-    fp8 = dim % DISPATCH_GROUP == 0
     weights = torch.rand(n_tokens, topk, generator=g)
     return inputs | {"weights": weights, "group": Solo(), "fp8": fp8}
+
+
+def _dispatch_cases() -> Iterator[Case]:
+    yield from _cases(_dispatch_inputs)
+    shape: dict[str, Any] = {
+        "n_tokens": 33,
+        "dim": 256,
+        "n_experts": 7,
+        "topk": 3,
+        "dtype": torch.bfloat16,
+    }
+    yield Case("bfloat16-33x256-e7-fp8", partial(_dispatch_inputs, **shape, fp8=True))
 
 
 def _combine_inputs(
@@ -157,7 +174,7 @@ def moe_unpermute(rows: torch.Tensor, source: torch.Tensor, topk: int) -> torch.
     return pairs.unflatten(0, (-1, topk)).sum(1)
 
 
-@op(cases=partial(_cases, _dispatch_inputs), tolerance={})
+@op(cases=_dispatch_cases, tolerance={})
 def moe_dispatch(
     x: torch.Tensor,
     ids: torch.Tensor,

@@ -55,6 +55,7 @@ class Plan(_Frozen):
     emulated: bool
     checkpoint: str
     model_name: str
+    reference: str | None = None
     parallel: ParallelConfig
     ranks: tuple[Rank, ...]
     expert_placement: tuple[LayerPlacement, ...] | None = None
@@ -142,6 +143,7 @@ def plan_of(
         emulated=profile.emulated,
         checkpoint=t.model.checkpoint,
         model_name=t.model.name,
+        reference=t.model.reference,
         parallel=parallel,
         ranks=ranks,
         expert_placement=placement,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from v4_ascend.backends.ascend import mc2_limits, prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
-from v4_ascend.backends.ascend.soc import current_chip
+from v4_ascend.backends.ascend.soc import A5, current_chip
 from v4_ascend.backends.exchange import exchange_tokens
 from v4_ascend.errors import BackendUnavailableError
 from v4_ascend.ops import Group, fp8_round_trip, moe_combine, moe_dispatch
@@ -49,6 +49,8 @@ def _why_no_dispatch(
     group: Group,
     fp8: bool,
 ) -> str | None:
+    if fp8 and (chip := current_chip()) != A5:
+        return f"{chip} has no fp8, and no weights that want such rows"
     why = mc2_limits.why_no_call(
         current_chip(), x.dtype, x.shape[1], ids.shape[1], n_experts, group
     )

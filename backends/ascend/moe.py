@@ -10,6 +10,7 @@ import torch
 
 from v4_ascend.backends import exchange
 from v4_ascend.backends.ascend.custom_ops import torch_npu
+from v4_ascend.backends.ascend.soc import A5, current_chip
 from v4_ascend.ops import (
     Group,
     fp8_round_trip,
@@ -62,6 +63,8 @@ def _why_no_gather(
     group: Group,
     fp8: bool,
 ) -> str | None:
+    if fp8 and (chip := current_chip()) != A5:
+        return f"{chip} has no fp8, and no weights that want such rows"
     many = group.size > exchange.FEW_RANKS
     return f"{group.size} ranks: all-to-all moves less" if many else None
 

@@ -25,17 +25,21 @@ def _is_narrow(value: Any) -> bool:
 
 def _register(op: Op[..., Any]) -> None:
     makes_narrow = op.name in MAKES_NARROW
+    may_round = "fp8" in op.signature.parameters
 
     def why_not(*args: Any, **kwargs: Any) -> str | None:
         chip = current_chip()
         if chip in NARROW_CHIPS:
             return None
         # Asked at every call: names are looked up for a refusal alone.
-        if not makes_narrow and True not in map(_is_narrow, (*args, *kwargs.values())):
+        is_given = True in map(_is_narrow, (*args, *kwargs.values()))
+        if not (makes_narrow or may_round or is_given):
             return None
         values = op.signature.bind(*args, **kwargs).arguments
         narrow = [name for name, value in values.items() if _is_narrow(value)]
-        narrow += ["the result"] * makes_narrow
+        narrow += ["the result"] * makes_narrow + ["fp8 rows"] * bool(values.get("fp8"))
+        if not narrow:
+            return None
         return (
             f"{', '.join(narrow)}: {chip} has no fp8 and no fp4 (int8 weights: v4-ascend convert)"
         )

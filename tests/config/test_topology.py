@@ -155,7 +155,6 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
         ("emulate=true", "emulate: not yet"),
         ("serve.n_draft_tokens=2", "serve.n_draft_tokens: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
-        ("model.reference=r.safetensors", "model.reference: not yet"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(read, override, says):

@@ -283,7 +283,6 @@ def require_supported(topology: Topology) -> None:
             "hosts with names",
         ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
-        ("model.reference", t.model.reference is not None, "a self-check of prefill and decode"),
         ("serve.n_draft_tokens", t.serve.n_draft_tokens > 1, "one draft token"),
         ("engine", t.engine != "native", "'native'"),
         ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from msgspec.structs import replace
@@ -17,7 +15,7 @@ from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
-from v4_ascend.model.transformer import Transformer
+from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
@@ -27,19 +25,6 @@ from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
-
-CANARY_TOKENS = 140  # crosses the window and both compress ratios
-# Two paths through the same weights differ by summation order alone; a rounding to FP8 or
-# bf16 may fall the other way, and is seen as a small relative difference of the logits.
-CANARY_TOLERANCE = {True: 0.25, False: 2e-3}  # quantised or bf16; fp32
-
-
-@dataclass(frozen=True)
-class CanaryReport:
-    """How the model was checked before it was called ready."""
-
-    kind: Literal["reference", "unreferenced"]
-    median_relative_error: float
 
 
 class Engine:
@@ -133,6 +118,12 @@ class Engine:
     def answers(self) -> bool:
         """Whether this rank draws tokens: it is on the last stage, the first of its TP group."""
         return self.model.head is not None and self.groups.tp.rank == 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded below fp32."""
+        numerics = self.model.numerics
+        return numerics.dtype == torch.float32 and not numerics.quant_sim
 
     def expert_counts(self) -> list[list[int]]:
         """Return the rows each slot of each layer here got, canary's included."""
@@ -230,14 +221,18 @@ class Engine:
             tokens[-1] = replace(tokens[-1], draft=guess)
 
     @torch.inference_mode()
-    def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def logits(
+        self, chunks: Sequence[Chunk], observe: Observer | None = None
+    ) -> torch.Tensor | None:
         """Return fp32 logits of every token of a step, on the last stage; None on the others."""
-        batch, streams = self._forward(chunks)
+        batch, streams = self._forward(chunks, observe)
         if batch is None or self.model.head is None:
             return None
         return gathered(self.model.logits(streams), batch.n_tokens, self.model.shard.cp)
 
-    def _forward(self, chunks: Sequence[Chunk]) -> tuple[Batch | None, torch.Tensor]:
+    def _forward(
+        self, chunks: Sequence[Chunk], observe: Observer | None = None
+    ) -> tuple[Batch | None, torch.Tensor]:
         """Run this stage: from the tokens or the stage before, on to the stage behind."""
         groups, model = self.groups, self.model
         batch = self.cache.batch(chunks) if chunks else None
@@ -252,7 +247,7 @@ class Engine:
             if n_own:
                 shape = (n_own, c.hc_mult, c.dim)
                 streams = groups.receive(shape, model.numerics.dtype, self.device)
-        x = model(batch, self.cache.layers, streams=streams)
+        x = model(batch, self.cache.layers, observe, streams=streams)
         if not bool(x.isfinite().all()):
             raise ParityError(
                 f"rank {groups.rank}: step {groups.flight.step}: layers {model.shard.layers[0]} to "
@@ -269,40 +264,27 @@ class Engine:
         x = x.contiguous()
         self._sends.append((x, self.groups.send(x)))
 
-    def canary(self) -> CanaryReport:
-        """Check that prefill and decode agree, before the first request; every rank takes part.
+    def sequence(
+        self,
+        ids: list[int],
+        *,
+        prefill: int,
+        chunk: int,
+        streams: dict[int, list[torch.Tensor]] | None = None,
+    ) -> torch.Tensor | None:
+        """Return logits of every position of one sequence, run by every DP group alike.
 
-        Raises:
-            ParityError: they do not; the message has position and figures.
+        Of stages without the head None. `streams` is given what leaves each layer here.
         """
-        n = min(CANARY_TOKENS, self.max_model_len)
-        g = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.config.vocab_size, (n,), generator=g).tolist()
-        split = n // 2
-        whole = self._sequence(ids, prefill=n, chunk=self.max_chunk)
-        stepped = self._sequence(ids, prefill=split, chunk=min(split, self.max_chunk))
-        if whole is None or stepped is None:
-            return CanaryReport("unreferenced", 0.0)
-        error = (whole - stepped).norm(dim=-1) / whole.norm(dim=-1)
-        # The median: one rounding that falls the other way can reroute a token to other
-        # experts; a broken cache is wrong at every later position.
-        worst = float(error.median())
-        numerics = self.model.numerics
-        is_rounded = numerics.quant_sim or numerics.dtype != torch.float32
-        bound = CANARY_TOLERANCE[is_rounded]
-        if not worst <= bound:
-            raise ParityError(
-                f"canary: prefill and decode differ by {worst:.3g} of the logits' norm (median of "
-                f"{n} tokens, worst at token {int(error.argmax())}), must be at most {bound:g}"
-            )
-        return CanaryReport("unreferenced", worst)
 
-    def _sequence(self, ids: list[int], *, prefill: int, chunk: int) -> torch.Tensor | None:
-        """Return logits of every position of one sequence, run by every DP group alike."""
+        def observe(layer: int, x: torch.Tensor) -> None:
+            if streams is not None:
+                streams.setdefault(layer, []).append(x.cpu())
+
         parts, start = [], 0
         while start < len(ids):
             size = min(chunk, prefill - start) if start < prefill else 1
-            parts.append(self.logits([Chunk(0, ids[start : start + size], start)]))
+            parts.append(self.logits([Chunk(0, ids[start : start + size], start)], observe))
             start += size
         seen = [p.cpu() for p in parts if p is not None]
         return torch.cat(seen) if seen else None

@@ -193,7 +193,7 @@ def record(
         "input_ids_digest": hashlib.sha256(input_ids.contiguous().numpy().tobytes()).hexdigest(),
     }
     metadata |= _conversion(checkpoint)
-    tensors = {"logits": logits} | (trace.tensors if trace else {})
+    tensors = {"logits": logits, "input_ids": input_ids} | (trace.tensors if trace else {})
     return tensors, metadata
 
 

@@ -17,6 +17,7 @@ from v4_ascend.backends import find_backend
 from v4_ascend.errors import V4AscendError
 from v4_ascend.model.resident import resident_bytes
 from v4_ascend.ops import use_policy
+from v4_ascend.runtime.canary import canary
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
@@ -78,7 +79,7 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             return  # the front is gone
     with joined(plan, rank, device, flight, attempt) as groups:
         engine = Engine.load(plan, progress, groups if plan.parallel.world_size > 1 else None)
-        report = engine.canary()
+        report = canary(engine, plan)
         resident = resident_bytes(engine.model)
         link.send(Ready(report.kind, report.median_relative_error, resident))
         counted = time.monotonic()
