@@ -294,6 +294,12 @@ def require_supported(topology: Topology) -> None:
         raise ConfigError(
             t.where("launcher"), f"launcher: {n_hosts} hosts need ssh; local is for one"
         )
+    reference = t.model.reference
+    if reference is not None and not Path(reference).is_file():
+        raise ConfigError(
+            t.where("model.reference"),
+            f"model.reference: no file {reference}; v4-ascend parity record writes one",
+        )
     is_path = not t.model.checkpoint.startswith("hf:")
     if n_hosts > 1 and is_path and not Path(t.model.checkpoint).is_absolute():
         raise ConfigError(
