@@ -5,7 +5,7 @@ Source: spec of the published code; records as FlashMLA, vLLM and vllm-ascend la
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +71,12 @@ def window_bytes(
 ) -> int:
     """Bytes of the windows of one request over `layers`, MTP layers included where listed."""
     return len(list(layers)) * window_rows * records.kv
+
+
+def snapshot_bytes(config: ModelConfig, records: RecordBytes, layers: Sequence[int]) -> int:
+    """Bytes of what is kept of one prefix beside its blocks: a block of windows, CSA's states."""
+    csa = [n for n in layers if config.compress_ratios[n] == 4]
+    return window_bytes(config, records, layers, BLOCK_TOKENS) + state_bytes(config, csa)
 
 
 def state_bytes(config: ModelConfig, layers: Iterable[int]) -> int:

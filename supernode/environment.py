@@ -97,7 +97,14 @@ def _timeouts(pool: PoolPlan) -> tuple[Variable, ...]:
 
 
 def _weights(terms: dict[str, int]) -> list[int]:
-    others = {"request state", "activations", "collective buffers", "driver", "graphs"}
+    others = {
+        "request state",
+        "prefix snapshots",
+        "activations",
+        "collective buffers",
+        "driver",
+        "graphs",
+    }
     return [n for name, n in terms.items() if name not in others]
 
 

@@ -19,6 +19,7 @@ from v4_ascend.supernode.cache import (
     BLOCK_TOKENS,
     RecordBytes,
     block_bytes,
+    snapshot_bytes,
     state_bytes,
     window_bytes,
 )
@@ -60,6 +61,7 @@ class Serving:
     max_chunk: int
     n_draft_tokens: int
     utilisation: float
+    n_snapshots: int = 0  # of prefixes, in each DP group
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,10 @@ class MemoryModel:
         per_request = window_bytes(c, self.records, caching, self.window_rows)
         per_request += state_bytes(c, own)
         terms["request state"] = concurrency * per_request
+        if self.serving.n_snapshots:
+            terms["prefix snapshots"] = self.serving.n_snapshots * snapshot_bytes(
+                c, self.records, caching
+            )
         terms["activations"] = self._activations(p, concurrency, is_last=is_last)
         tokens = -(-concurrency * (1 + self.serving.n_draft_tokens) // (p.tp_size * p.cp_size))
         terms["collective buffers"] = buffer_bytes(

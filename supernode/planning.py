@@ -158,6 +158,7 @@ def _plan_pool(
         max_chunk=min(chunk, serve.max_model_len),
         n_draft_tokens=0 if system.role == "prefill" else serve.n_draft_tokens,
         utilisation=use,
+        n_snapshots=serve.prefix_snapshots if t.engine == "native" else 0,
     )
     work = serve.workload
     if work.input_tokens + work.output_tokens > serve.max_model_len:
@@ -232,7 +233,13 @@ def plan_for(topology: Topology, pool: PoolPlan) -> Plan:
         even = place_layer([1] * config.n_routed_experts, p.ep_size, p.n_redundant_experts)
         placement = (even,) * config.n_layers
     ranks = ranks_of(pool.system, config, pool.chosen)
-    return plan_of(topology, p, ranks, pool.system.profile, pool.system.role, placement)
+    plan = plan_of(topology, p, ranks, pool.system.profile, pool.system.role, placement)
+    profile = pool.system.profile
+    if plan.cache_tokens is None and profile.kind != "cpu" and not profile.emulated:
+        # What the memory plan leaves, which may be less than full length for everybody.
+        fits = pool.chosen.max_context * p.dp_size
+        return plan.model_copy(update={"cache_tokens": fits})
+    return plan
 
 
 def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
