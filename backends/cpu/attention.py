@@ -12,6 +12,7 @@ TILE = 128  # queries; with a window of 128 half of a tile's products are used
 # A tile's products with all compressed rows beat gathering each query's rows, up to this
 # many of them for each that a query sees.
 DENSE_ROWS_PER_SEEN = 4
+DECODED = 2  # tokens a sequence brings while it decodes, its draft among them
 
 
 def _why_not(
@@ -29,6 +30,8 @@ def _why_not(
     window_size: int,
     compress_ratio: int,
 ) -> str | None:
+    if len(seq_lens) > 1 and len(q) <= DECODED * len(seq_lens):
+        return f"{len(q)} tokens of {len(seq_lens)} sequences: gathering serves all at once"
     if compressed is None or block_table is None or indices is None:
         return None
     n_rows = block_table.shape[1] * compressed.shape[1]
