@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from v4_ascend import __version__
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.api import anthropic, openai, page, responses, tokens
+from v4_ascend.runtime.api.document import document
 from v4_ascend.runtime.api.errors import anthropic_error, openai_error
 from v4_ascend.runtime.api.gate import Gate
 from v4_ascend.runtime.api.request_ids import RequestIds
@@ -95,4 +96,6 @@ def make_app(service: Service) -> FastAPI:
     async def experts() -> dict[str, object]:
         return {"version": 1, "counts": service.dispatcher.expert_load()}
 
+    described = document(app)
+    app.openapi = lambda: described  # type: ignore[method-assign]
     return app
