@@ -1,5 +1,9 @@
 """A sample of the soak; the whole of it: python tests/runtime/soak.py."""
 
+import asyncio
+import json
+
+import httpx
 import pytest
 import soak
 
@@ -19,6 +23,33 @@ def test_a_near_tie_may_be_decided_otherwise_and_nothing_else():
     assert soak.compare(first, [("a", 2.0), ("x", 1e-4), ("y", 1.0)])
     with pytest.raises(soak.WrongError, match="token 2 is d, and was c by 1.0000"):
         soak.compare(first, [*first[:2], ("d", 1.0)])
+
+
+TOPS = [{"logprob": -0.5}, {"logprob": -2.5}]
+TOKEN = {"bytes": [97], "top_logprobs": TOPS}
+CHUNK = "data: " + json.dumps({"choices": [{"logprobs": {"content": [TOKEN]}}]}) + "\n\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "says"),
+    [
+        (200, CHUNK * 2 + "data: [DONE]\n\n", None),
+        (200, CHUNK * 2, "the stream ends with"),
+        (200, CHUNK + "data: [DONE]\n\n", "1 tokens of 2"),
+        (429, "busy", "429 busy"),
+    ],
+)
+def test_half_an_answer_is_wrong(status, text, says):
+    async def ask():
+        transport = httpx.MockTransport(lambda _: httpx.Response(status, text=text))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await soak.answer(client, {"stream": True, "max_tokens": 2})
+
+    if says is None:
+        assert asyncio.run(ask()) == [([97], 2.0)] * 2
+    else:
+        with pytest.raises(soak.WrongError, match=says):
+            asyncio.run(ask())
 
 
 def test_what_must_not_be_is_a_fault():
