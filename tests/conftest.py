@@ -9,6 +9,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+# What a machine may lack. A test skipped for any other reason fails.
+MAY_LACK = {
+    "network namespaces need root and iproute2",
+    "no chromium or google-chrome in PATH: the page is tried in a real browser",
+}
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run real V4 widths and long drills too")
@@ -40,6 +46,17 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason not in MAY_LACK:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid}: skipped ({reason}), which conftest.py does not allow"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {n.split("/")[0] for n in names} == {"v4_ascend", "v4_ascend-0.1.0.dist-info"}
     aclnn = "backends/mindspore/aclnn"
     listed = ("py.typed", "configs/topology/laptop.yaml", "runtime/verify_report.html")
+    listed += ("runtime/api/page.html",)
     for data in (*listed, f"{aclnn}/v4_ops.cc", f"{aclnn}/interface.txt"):
         assert f"v4_ascend/{data}" in names
     # No editable install may help: it is found through the path alone.

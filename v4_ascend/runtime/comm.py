@@ -113,9 +113,9 @@ class Groups:
     following: int | None = None
 
     @classmethod
-    def solo(cls) -> Groups:
+    def solo(cls, flight: Flight | None = None) -> Groups:
         """Return the groups of a world of one."""
-        return cls(0, 0, Solo(), Solo(), Solo(), Flight())
+        return cls(0, 0, Solo(), Solo(), Solo(), flight or Flight())
 
     @classmethod
     def join(
@@ -238,7 +238,7 @@ def joined(
 ) -> Iterator[Groups]:
     """Join, and leave whatever happens."""
     if plan.parallel.world_size == 1:
-        yield Groups.solo()
+        yield Groups.solo(flight)  # its steps are counted too
         return
     try:
         yield Groups.join(plan, rank, device, flight, attempt)

@@ -78,7 +78,7 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
         case _:
             return  # the front is gone
     with joined(plan, rank, device, flight, attempt) as groups:
-        engine = Engine.load(plan, progress, groups if plan.parallel.world_size > 1 else None)
+        engine = Engine.load(plan, progress, groups)
         report = canary(engine, plan)
         resident = resident_bytes(engine.model)
         link.send(Ready(report.kind, report.median_relative_error, resident))

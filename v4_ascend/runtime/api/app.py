@@ -14,7 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from v4_ascend import __version__
 from v4_ascend.errors import RequestError
-from v4_ascend.runtime.api import anthropic, openai, responses, tokens
+from v4_ascend.runtime.api import anthropic, openai, page, responses, tokens
+from v4_ascend.runtime.api.document import document
 from v4_ascend.runtime.api.errors import anthropic_error, openai_error
 from v4_ascend.runtime.api.gate import Gate
 from v4_ascend.runtime.api.request_ids import RequestIds
@@ -42,6 +43,7 @@ def make_app(service: Service) -> FastAPI:
     gate = Gate(service.plan)
     for api in (openai, responses, anthropic, tokens):
         app.include_router(api.router(service, gate))
+    app.include_router(page.router())
     if service.plan.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -94,4 +96,6 @@ def make_app(service: Service) -> FastAPI:
     async def experts() -> dict[str, object]:
         return {"version": 1, "counts": service.dispatcher.expert_load()}
 
+    described = document(app)
+    app.openapi = lambda: described  # type: ignore[method-assign]
     return app
