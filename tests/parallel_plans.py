@@ -61,7 +61,7 @@ def run_ranks(folder, plans, n_ranks, timeout=240, ragged=RAGGED):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"V4_ASCEND_COMM_TIMEOUT": "60", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            env=os.environ | {"V4_ASCEND_COMM_TIMEOUT": "180", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         )
         for rank in range(n_ranks)
     ]
