@@ -47,12 +47,13 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One request; `leave_s` is when its client leaves."""
+    """One request; its client leaves after so many pieces of the answer, or seconds."""
 
     kind: str
     path: str
     body: dict | str
     prompt: int = -1
+    leave_pieces: int | None = None
     leave_s: float | None = None
 
 
@@ -103,7 +104,9 @@ def jobs(rng, n, greedy):
             yield Job(kind, CHAT, chat(text, max_tokens=n_tokens, n=rng.randint(1, 3)))
         elif kind == "leaves":
             body = chat(text, max_tokens=400, ignore_eos=True, stream=rng.random() < 0.7)
-            yield Job(kind, CHAT, body, leave_s=rng.uniform(0, 2))
+            when = rng.uniform(0, 2)
+            leave = {"leave_pieces": int(10 * when)} if body["stream"] else {"leave_s": when}
+            yield Job(kind, CHAT, body, **leave)
         elif kind == "malformed":
             path, body, _ = rng.choice(malformed)
             yield Job(kind, path, rng.choice([body, body[: len(body) // 2], "\0\xff{"]))
@@ -133,7 +136,9 @@ async def answer(client, body):
     if len(entries) != body["max_tokens"]:
         raise WrongError(f"{len(entries)} tokens of {body['max_tokens']}")
     tops = [e["top_logprobs"] for e in entries]
-    return [(e["bytes"], a["logprob"] - b["logprob"]) for e, (a, b) in zip(entries, tops)]  # noqa: B905
+    return [
+        (e["bytes"], a["logprob"] - b["logprob"]) for e, (a, b) in zip(entries, tops, strict=True)
+    ]
 
 
 def compare(first, now):
@@ -150,18 +155,35 @@ def compare(first, now):
     return False
 
 
+async def leave(client, job):
+    """Close the connection while the request waits or is answered; return what came of it."""
+    try:
+        async with (
+            asyncio.timeout(job.leave_s),
+            client.stream("POST", job.path, json=job.body) as response,
+        ):
+            if response.status_code != 200:
+                raise WrongError(f"leaves: {response.status_code}")
+            if job.leave_pieces is None:
+                await response.aread()
+                return 200
+            n_pieces = 0
+            async for line in response.aiter_lines():
+                n_pieces += bool(line)
+                if n_pieces > job.leave_pieces:
+                    return "left"
+    except TimeoutError:
+        return "left"
+    raise WrongError(f"leaves: the stream ended after {n_pieces} pieces")
+
+
 async def send(client, job, firsts, report):
     """Send one request and judge what comes back."""
     if job.kind == "greedy":
         report.near_ties += compare(firsts[job.prompt], await answer(client, job.body))
         return 200
     if job.kind == "leaves":
-        try:
-            async with asyncio.timeout(job.leave_s):
-                response = await client.post(job.path, json=job.body)
-        except TimeoutError:
-            return "left"
-        return response.status_code
+        return await leave(client, job)
     content = job.body if isinstance(job.body, str) else json.dumps(job.body)
     response = await client.post(job.path, content=content.encode())
     status = response.status_code
@@ -243,7 +265,8 @@ async def drain(box, greedy, firsts):
         while not metrics(box)["vllm:num_requests_running"]:
             await asyncio.sleep(0.01)
         down = await asyncio.to_thread(box.run, "down", SETTINGS["name"])
-        for i, result in zip(which, await asyncio.gather(*asked, return_exceptions=True)):  # noqa: B905
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        for i, result in zip(which, results, strict=True):
             try:
                 if isinstance(result, BaseException):
                     raise WrongError(f"{type(result).__name__}: {result}")
