@@ -13,6 +13,8 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 
 SCRIPT = Path(__file__).with_name("runtime") / "parallel_ranks.py"
+# Two suites on two cores keep a rank waiting for longer than a minute.
+ENVIRONMENT = {"V4_ASCEND_COMM_TIMEOUT": "180", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 TINY = ModelConfig.read(preset_path("tiny"))
 RAGGED = ((90, 3), (7, 50), (1, 1), (1, 0), (33, 1), (0, 0), (1, 1))  # tokens of each slot
 
@@ -61,7 +63,7 @@ def run_ranks(folder, plans, n_ranks, timeout=240, ragged=RAGGED):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"V4_ASCEND_COMM_TIMEOUT": "180", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            env=os.environ | ENVIRONMENT,
         )
         for rank in range(n_ranks)
     ]
