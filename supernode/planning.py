@@ -261,6 +261,14 @@ def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
     plan = plan_for(t, pool)
     if plan.n_draft_tokens:
         _require_drafter(t, config, plan.parallel)
+    if plan.cache_tokens is not None:
+        share = plan.cache_tokens // plan.parallel.dp_size
+        if share < plan.max_model_len:
+            raise ConfigError(
+                t.where("serve.cache_tokens"),
+                f"serve.cache_tokens: {share} tokens for each of {plan.parallel.dp_size} DP "
+                f"groups; one request of serve.max_model_len needs {plan.max_model_len}",
+            )
     try:
         for stage in range(plan.parallel.pp_size):
             holdings(config, plan, plan.ranks[stage * plan.parallel.stage_size])

@@ -326,13 +326,17 @@ def test_steps_in_flight_never_share_a_sequence_that_draws(
     assert seen == {r.id: alone(r) for r in wanted}
 
 
+def _digest(digests, tokens):
+    extend_digests(digests, tokens, PAGE, len(tokens))
+
+
 def test_equal_digests_mean_equal_prefixes():
     """The same page behind another one is another prefix."""
     a, b = [], []
-    extend_digests(a, [1] * PAGE + [2] * PAGE, PAGE)
-    extend_digests(b, [3] * PAGE + [2] * PAGE, PAGE)
+    _digest(a, [1] * PAGE + [2] * PAGE)
+    _digest(b, [3] * PAGE + [2] * PAGE)
     assert len({*a, *b}) == 4
-    extend_digests(a, [1] * PAGE + [2] * PAGE + [4] * (PAGE - 1), PAGE)
+    _digest(a, [1] * PAGE + [2] * PAGE + [4] * (PAGE - 1))
     assert len(a) == 2
 
 

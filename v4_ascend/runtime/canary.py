@@ -80,7 +80,11 @@ def _is_reference(engine: Engine, plan: Plan, record: Record) -> CanaryReport:
     error = torch.cat(errors) if errors else torch.zeros(1)
     median, worst = float(error.median()), float(error.max())
     if not (median <= bounds.median and worst <= bounds.worst):
-        at = int((~(error <= bounds.worst)).nonzero()[0]) if worst > bounds.worst else 0
+        at = (
+            int((~(error <= bounds.worst)).nonzero()[0])
+            if worst > bounds.worst
+            else int(error.argmax())
+        )
         problem = (
             f"the logits differ by {median:.3g} of their norm (median of {len(error)} tokens), "
             f"must be at most {bounds.median:g}; worst {worst:.3g}, at most {bounds.worst:g}, "
@@ -89,7 +93,7 @@ def _is_reference(engine: Engine, plan: Plan, record: Record) -> CanaryReport:
     if wrong is not None:
         problem = f"{wrong}; {problem or 'the logits are of another stage'}"
     for stage in range(plan.parallel.pp_size):
-        if problem and plan.ranks[engine.groups.rank].rank // plan.parallel.stage_size == stage:
+        if problem and engine.groups.rank // plan.parallel.stage_size == stage:
             raise ParityError(f"canary: not as {record.path}: {problem}")
         engine.groups.barrier()
     return CanaryReport("reference", median)
@@ -114,10 +118,7 @@ def _first_wrong_layer(
     record: Record, streams: dict[int, list[torch.Tensor]], bounds: Bounds
 ) -> str | None:
     """Compare what left each layer here with a traced reference."""
-    recorded: dict[int, list[str]] = {}
-    for name in record.traced:
-        if name.endswith("/streams"):
-            recorded.setdefault(int(name.split("/")[2]), []).append(name)
+    recorded = record.streams
     for layer in sorted(set(recorded) & set(streams)):
         got = torch.cat(streams[layer])
         want = torch.cat([record.tensor(n) for n in recorded[layer]])[: len(got)]

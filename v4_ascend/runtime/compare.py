@@ -90,6 +90,15 @@ class Record:
         """Return the names of traced tensors, in order of execution."""
         return sorted((n for n in self.names if n.startswith("trace/")), key=_execution)
 
+    @property
+    def streams(self) -> dict[int, list[str]]:
+        """Return the names of what left each traced layer, step by step."""
+        by_layer: dict[int, list[str]] = {}
+        for name in self.traced:
+            if name.endswith("/streams"):
+                by_layer.setdefault(int(name.split("/")[2]), []).append(name)
+        return by_layer
+
     def is_converted_from(self, other: Record) -> bool:
         """Whether this run's checkpoint was made by `convert` of the other's."""
         return self.metadata.get("source_digest") == other.metadata["checkpoint_digest"]
@@ -233,7 +242,7 @@ def relative_error(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _drift(a: Record, b: Record) -> list[LayerDrift]:
     drift = []
-    ours, theirs = _streams(a), _streams(b)
+    ours, theirs = a.streams, b.streams
     for layer in sorted(set(ours) & set(theirs)):
         x, y = _joined(a, ours[layer]), _joined(b, theirs[layer])
         if x.shape != y.shape:
@@ -253,11 +262,3 @@ def _joined(record: Record, names: list[str]) -> torch.Tensor:
     if odd:
         raise ConfigError(str(record.path), f"{odd} has other widths than {names[0]}")
     return torch.cat(steps)
-
-
-def _streams(record: Record) -> dict[int, list[str]]:
-    by_layer: dict[int, list[str]] = {}
-    for name in record.traced:
-        if name.endswith("/streams"):
-            by_layer.setdefault(int(name.split("/")[2]), []).append(name)
-    return by_layer

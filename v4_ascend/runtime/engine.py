@@ -217,7 +217,9 @@ class Engine:
             packed = tp.all_gather(packed, [len(packed)] * tp.size)[0]
         n = len(next_ids)
         logits = self.model.draft(streams, packed[:n], batch, self.cache.layers, packed[n:])
-        for tokens, guess in zip([t for t in drawn if t], logits.argmax(-1).tolist(), strict=False):
+        if not self.answers:
+            return
+        for tokens, guess in zip([t for t in drawn if t], logits.argmax(-1).tolist(), strict=True):
             tokens[-1] = replace(tokens[-1], draft=guess)
 
     @torch.inference_mode()

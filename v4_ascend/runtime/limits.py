@@ -25,5 +25,5 @@ def limits_of(plan: Plan, config: ModelConfig) -> Limits:
         n_pages=n_pages,
         page_tokens=size,
         n_snapshots=plan.prefix_snapshots if may_share else 0,
-        n_drafts=min(plan.n_draft_tokens, 1),
+        n_drafts=plan.n_draft_tokens,
     )

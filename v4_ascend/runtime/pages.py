@@ -27,13 +27,13 @@ class Prefix:
     n_known: int
 
 
-def extend_digests(digests: list[bytes], tokens: Sequence[int], page_tokens: int) -> None:
-    """Add the digests of the whole pages of `tokens` that `digests` does not have yet.
+def extend_digests(digests: list[bytes], tokens: Sequence[int], page_tokens: int, end: int) -> None:
+    """Add the digests of the whole pages of the first `end` tokens that are not there yet.
 
     Each covers everything up to the end of its page, so that equal digests mean equal prefixes:
     nobody is ever given rows of other tokens.
     """
-    for first in range(len(digests) * page_tokens, len(tokens) - page_tokens + 1, page_tokens):
+    for first in range(len(digests) * page_tokens, end - page_tokens + 1, page_tokens):
         page = array("q", tokens[first : first + page_tokens]).tobytes()
         digests.append(hashlib.sha256((digests[-1] if digests else b"") + page).digest())
 

@@ -215,7 +215,8 @@ class Scheduler:
         if not groups:
             return False
         if self.limits.n_snapshots:
-            extend_digests(progress.digests, progress.tokens, self.limits.page_tokens)
+            tokens, size = progress.tokens, self.limits.page_tokens
+            extend_digests(progress.digests, tokens, size, len(tokens))
         usable = {g: self.pools[g].look(progress.digests)[0] for g in groups}
         group = max(groups, key=lambda g: (usable[g], len(self._free[g])))
         try:

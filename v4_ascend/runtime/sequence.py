@@ -126,7 +126,7 @@ class Progress:
         is_decoded = self.n_drawn > 0 and end == len(self.tokens)
         if not pool.n_snapshots or end % pool.page_tokens or not (is_decoded or end in self.cuts):
             return None
-        extend_digests(self.digests, self.tokens[:end], pool.page_tokens)
+        extend_digests(self.digests, self.tokens, pool.page_tokens, end)
         return pool.reserve_snapshot(self.digests[end // pool.page_tokens - 1])
 
     def _rules(self, start: int) -> Rules | None:
@@ -148,7 +148,7 @@ class Progress:
         if not pool.n_snapshots:
             return
         size = pool.page_tokens
-        extend_digests(self.digests, self.tokens[:done], size)
+        extend_digests(self.digests, self.tokens, size, done)
         for i in range(self.n_published, done // size):
             pool.publish(self.digests[i], self.pages[i])
             self.n_published = i + 1
