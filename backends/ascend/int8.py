@@ -104,18 +104,8 @@ def grouped_matmul_int8(
     """Multiply all experts' rows in one call."""
     if not x.shape[0]:
         return torch.empty(0, weight.shape[1], dtype=out_dtype, device=x.device)
-    (y,) = torch_npu().npu_grouped_matmul(
-        x=[x],
-        weight=[weight.transpose(1, 2)],
-        scale=[weight_scale],
-        per_token_scale=[x_scale],
-        split_item=ONE_OUTPUT,
-        group_type=BY_ROWS,
-        group_list=group_sizes,
-        group_list_type=COUNTS,
-        output_dtype=out_dtype,
-    )
-    return y
+    stored = {"weight": [weight.transpose(1, 2)], "scale": [weight_scale]}
+    return _grouped(x, x_scale, stored, group_sizes, out_dtype)
 
 
 def _why_no_int4_experts(
@@ -147,11 +137,20 @@ def grouped_matmul_int4(
     if not x.shape[0]:
         return torch.empty(0, weight_scale.shape[1], dtype=out_dtype, device=x.device)
     packed, scale, bias = prepared.get(weight_scale, INT4)
+    stored = {"weight": [packed], "scale": [scale], "bias": [bias]}
+    return _grouped(x, x_scale, stored, group_sizes, out_dtype)
+
+
+def _grouped(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    stored: dict[str, list[torch.Tensor]],
+    group_sizes: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
     (y,) = torch_npu().npu_grouped_matmul(
         x=[x],
-        weight=[packed],
-        scale=[scale],
-        bias=[bias],
+        **stored,
         per_token_scale=[x_scale],
         split_item=ONE_OUTPUT,
         group_type=BY_ROWS,

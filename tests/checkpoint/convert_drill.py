@@ -5,7 +5,6 @@ in the end, byte for byte that of a run without kills.
 """
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -20,24 +19,12 @@ from v4_ascend.config.precision import recipe_for
 
 
 def convert(checkpoint, out, format, workers, at=None):
-    """Convert in a child; return its calls, or None if it was killed."""
-    begin, end = os.pipe()
-    if (child := os.fork()) == 0:
-        seen = shard_drill.count_calls(at)
+    def work():
         folder = CheckpointFolder(checkpoint)
         job = Conversion(folder, Recoding(folder, format, recipe_for(format, None, None)))
         job.run(out, resume=True, workers=workers)
-        n = seen[0]
-        os.write(end, str(n).encode())
-        os._exit(0)
-    os.close(end)
-    with os.fdopen(begin) as f:
-        text = f.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return None
-    assert status == 0
-    return int(text)
+
+    return shard_drill.in_child(work, at)
 
 
 def main(checkpoint, folder, n_points):

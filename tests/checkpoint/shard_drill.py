@@ -41,13 +41,12 @@ def count_calls(at):
     return seen
 
 
-def shard(checkpoint, plan, out, link, workers, at=None):
-    """Shard in a child; return its calls, or None if it was killed."""
+def in_child(work, at):
+    """Do the work in a child; return its calls, or None if it was killed at one."""
     begin, end = os.pipe()
     if (child := os.fork()) == 0:
         seen = count_calls(at)
-        job = Sharding(CheckpointFolder(checkpoint), Plan.read(plan), is_linked=link)
-        job.run(out, resume=True, workers=workers)
+        work()
         n = seen[0]
         os.write(end, str(n).encode())
         os._exit(0)
@@ -59,6 +58,14 @@ def shard(checkpoint, plan, out, link, workers, at=None):
         return None
     assert status == 0
     return int(text)
+
+
+def shard(checkpoint, plan, out, link, workers, at=None):
+    def work():
+        job = Sharding(CheckpointFolder(checkpoint), Plan.read(plan), is_linked=link)
+        job.run(out, resume=True, workers=workers)
+
+    return in_child(work, at)
 
 
 def content(folder):

@@ -8,6 +8,7 @@ from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import load_topology
+from v4_ascend.errors import ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.supernode.holdings import holdings
@@ -50,3 +51,8 @@ def test_one_rank_of_a_real_model_reads_all_but_the_drafter(preset):
     assert sorted((t.name, t.dtype, t.shape) for t in main) == sorted(
         (h.spec.name, h.spec.dtype, h.spec.shape) for h in held.values()
     )
+
+
+def test_caches_for_less_than_one_request_are_refused():
+    with pytest.raises(ConfigError, match="1024 tokens for each of 1 DP groups; one request"):
+        deploy_plan(load_topology("laptop", ["serve.cache_tokens=1024"]), TINY)
