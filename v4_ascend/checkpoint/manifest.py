@@ -182,12 +182,20 @@ def digest_of(header: bytes, checksums: Sequence[int]) -> str:
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: writing failed; `filename` says of what.
+    """
     half = file.with_name(f".{file.name}{HALF}")
     fd = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         write_all(fd, memoryview(data))
         os.fsync(fd)
+    except OSError as e:
+        half.unlink(missing_ok=True)
+        e.filename = str(half)
+        raise
     finally:
         os.close(fd)
     os.replace(half, file)
