@@ -46,6 +46,13 @@ class Box:
     def status(self, *name):
         return json.loads(self.run("status", *name, "--json").stdout)["data"]
 
+    def left(self):
+        """Command lines of what still runs, once what is ending has had its time to end."""
+        deadline = time.monotonic() + 10
+        while (pids := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [cmdline(pid).replace(b"\0", b" ").decode() for pid in pids]
+
     def processes(self):
         """Pids of everything that mentions our state folder."""
         found = []
@@ -73,7 +80,7 @@ def served(box):
     assert "ready" in done.stderr
     yield box
     assert box.run("down", "laptop").returncode == 0
-    assert box.processes() == []
+    assert box.left() == []
 
 
 @pytest.fixture

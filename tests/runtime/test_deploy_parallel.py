@@ -85,7 +85,7 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
         assert [text(ask(box, seed)) for seed in range(2)] == want[:2]
     finally:
         assert box.run("down", "laptop").returncode == 0
-    assert box.processes() == []
+    assert box.left() == []
     assert _of(box) == []
 
 
@@ -149,7 +149,7 @@ def test_hosts_that_cannot_be_are_refused_before_anything_starts(box, changes, c
     options = [o for c in (two, *changes, checkpoint) for o in ("--set", c)]
     done = box.run("deploy", "--topology", box.topology, *options, "--port", free_port())
     assert (done.returncode, says in done.stderr) == (code, True), done.stderr
-    assert box.processes() == []
+    assert box.left() == []
 
 
 def test_a_deployment_that_another_process_is_starting_is_left_alone(box):
@@ -202,4 +202,4 @@ def test_the_shipped_supernode_is_emulated_and_answers(tmp_path):
         assert text(ask(box, 1, model="v4-pro-emulated"))
     finally:
         assert box.run("down", "supernode").returncode == 0
-    assert box.processes() == []
+    assert box.left() == []

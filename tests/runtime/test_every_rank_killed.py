@@ -67,7 +67,7 @@ def test_every_stream_gets_an_answer_or_an_error_whichever_rank_is_killed(tmp_pa
         assert "error: laptop: ranks ended with exit code 1" in log
     finally:
         box.run("down", "laptop")
-    assert box.processes() == []
+    assert box.left() == []
     assert _of(box) == []
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
 
