@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from v4_ascend.config.devices import DeviceProfile, WeightFormat
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.config.presets import preset_path
-from v4_ascend.config.topology import ParallelConfig, Pool, Topology
+from v4_ascend.config.presets import preset_names, preset_path
+from v4_ascend.config.topology import ParallelConfig, Pool, Topology, is_remote
 from v4_ascend.errors import ConfigError, NotYetError, PlanError
 from v4_ascend.supernode.experts import ExpertLoad, by_number, place_layer
 from v4_ascend.supernode.holdings import holdings
@@ -45,16 +46,22 @@ class PoolPlan:
         return self.found.choices[0] if self.found.choices else None
 
 
-def find_model(topology: Topology, asked: str | None = None) -> PlannedModel:
+def find_model(
+    topology: Topology, asked: str | None = None, fetch: Callable[[str], Path] | None = None
+) -> PlannedModel:
     """Read the configuration of `asked`, a path or a bundled name, or of the topology's model.
 
     Planning needs no weights: where the checkpoint is not on this machine, the bundled
-    configuration that `model.name` names is taken, and `source` says so.
+    configuration that `model.name` names is taken, and `source` says so. `fetch` brings the
+    configuration of what is asked from a hub, or of the topology's where none is bundled.
 
     Raises:
         ConfigError: there is neither.
     """
     if asked is not None:
+        if fetch is not None and is_remote(asked):
+            name = asked.partition("@")[0].rpartition("/")[2]
+            return PlannedModel(ModelConfig.read(fetch(asked)), name, asked)
         if (path := existing_path(asked)) is not None:
             return PlannedModel(ModelConfig.read(path), path.name, str(path))
         short = asked.removeprefix("v4-")
@@ -65,6 +72,8 @@ def find_model(topology: Topology, asked: str | None = None) -> PlannedModel:
     if (folder := Path(model.checkpoint)).is_dir():
         return PlannedModel(ModelConfig.read(folder), model.name, str(folder))
     short = model.name.removeprefix("v4-")
+    if fetch is not None and is_remote(model.checkpoint) and short not in preset_names():
+        return PlannedModel(ModelConfig.read(fetch(model.checkpoint)), model.name, model.checkpoint)
     config = bundled_model(short, topology.where("model.name"))
     why = f"bundled configuration {short!r}; {model.checkpoint} is not on this machine"
     return PlannedModel(config, model.name, why)

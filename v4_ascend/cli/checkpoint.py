@@ -28,12 +28,14 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint, or what shard made of one")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="folder of a checkpoint or of shard, or hf:org/name@revision")
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="read everything: checksums, and values")
     ] = False,
     diff: Annotated[
-        Path | None, typer.Option("--diff", help="another checkpoint: what differs, by tensor")
+        str | None, typer.Option("--diff", help="another checkpoint: what differs, by tensor")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
@@ -58,19 +60,28 @@ def inspect_command(
 
 
 def _inspected(
-    path: Path, verify: bool, diff: Path | None
+    reference: str, verify: bool, diff: str | None
 ) -> tuple[dict[str, object], tuple[str, ...], Callable[[], None]]:
     """Return data and problems, and what prints both."""
     from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
+    from v4_ascend.checkpoint.sources import headers, whole
     from v4_ascend.cli import inspection
+    from v4_ascend.cli.progress import reporter
 
     if diff is not None:
-        return inspection.compared(CheckpointFolder(path), CheckpointFolder(diff))
-    found = open_folder(path)
-    if isinstance(found, ShardedFolder):
-        return inspection.of_sharded(found, verify=verify)
-    return inspection.of_checkpoint(found, verify=verify)
+        a, b = CheckpointFolder(whole(reference)), CheckpointFolder(whole(diff))
+        return inspection.compared(a, b)
+    if verify:
+        found = open_folder(whole(reference))
+        if isinstance(found, ShardedFolder):
+            return inspection.of_sharded(found, verify=True)
+        return inspection.of_checkpoint(found, reference, verify=True)
+    with reporter("fetching headers") as progress, headers(reference, progress) as folder:
+        found = open_folder(folder)
+        if isinstance(found, ShardedFolder):
+            return inspection.of_sharded(found, verify=False)
+        return inspection.of_checkpoint(found, reference, verify=False)
 
 
 def _echo_json(data: dict[str, object] | None, problems: tuple[str, ...]) -> None:

@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
+    checkpoint: Annotated[str, typer.Argument(help="folder, or hf:org/name@revision")],
     to: Annotated[Format, typer.Option("--to", help="format of the weights")],
     out: Annotated[Path, typer.Option("--out", help="new folder")],
     soc: SocOption = None,
@@ -71,11 +71,12 @@ def convert_command(
     from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.checkpoint.recoding import Recoding
     from v4_ascend.checkpoint.report import read_report
+    from v4_ascend.checkpoint.sources import whole
     from v4_ascend.cli.progress import byte_reporter
     from v4_ascend.config.precision import recipe_for
 
     chosen = recipe_for(to.value, soc.value if soc else None, recipe)
-    folder = CheckpointFolder(checkpoint)
+    folder = CheckpointFolder(whole(checkpoint))
     folder.require_complete()
     job = Conversion(folder, Recoding(folder, to.value, chosen, calibration))
     begun = time.perf_counter()

@@ -39,9 +39,10 @@ def deploy_command(
 ) -> None:
     """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
     from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
+    from v4_ascend.checkpoint.sources import headers, pinned
+    from v4_ascend.cli.progress import reporter
     from v4_ascend.config.topology import load_topology, require_supported
     from v4_ascend.deploy.state import find
-    from v4_ascend.runtime.load import resolve_checkpoint
     from v4_ascend.supernode.planning import deploy_plan
 
     overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
@@ -49,11 +50,14 @@ def deploy_command(
     if emulate is not None:
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
-    checkpoint = open_folder(resolve_checkpoint(wanted.model.checkpoint))
-    checkpoint.require_complete()
-    plan = deploy_plan(wanted, checkpoint.config)
-    if isinstance(checkpoint, ShardedFolder):
-        checkpoint.require_layout(plan)
+    if not dry_run:  # every process is to read the revision that is looked at here
+        wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint))
+    with reporter("fetching headers") as progress, headers(wanted.model.checkpoint, progress) as at:
+        checkpoint = open_folder(at)
+        checkpoint.require_complete()
+        plan = deploy_plan(wanted, checkpoint.config)
+        if isinstance(checkpoint, ShardedFolder):
+            checkpoint.require_layout(plan)
     if dry_run:
         typer.echo(plan.model_dump_json(indent=2))
         return

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def fit_command(
-    model: Annotated[str, typer.Option(help="config.json, checkpoint folder or bundled name")],
+    model: Annotated[
+        str, typer.Option(help="config.json, checkpoint folder, hf:org/name or bundled name")
+    ],
     device: Annotated[str | None, typer.Option(help="a device profile")] = None,
     devices: Annotated[int | None, typer.Option(help="how many", min=1)] = None,
     context: Annotated[int, typer.Option(help="tokens of the longest request", min=1)] = 131072,
@@ -33,10 +35,12 @@ def fit_command(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Say whether a model fits, its longest context and most requests; exit 3 if it does not."""
+    from v4_ascend.checkpoint.sources import configuration
     from v4_ascend.config.model import ModelConfig
+    from v4_ascend.config.topology import is_remote
     from v4_ascend.supernode.planning import bundled_model, existing_path
 
-    path = existing_path(model)
+    path = configuration(model) if is_remote(model) else existing_path(model)
     short = model.removeprefix("v4-")
     config = bundled_model(short, "--model") if path is None else ModelConfig.read(path)
     if compare is not None:

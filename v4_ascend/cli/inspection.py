@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import msgspec
 from rich.console import Console
@@ -23,8 +22,8 @@ MAX_PRINTED = 20  # problems
 Inspected = tuple[dict[str, object], tuple[str, ...], Callable[[], None]]
 
 
-def of_checkpoint(found: CheckpointFolder, *, verify: bool) -> Inspected:
-    """Inspect a checkpoint; with `verify`, read its values too."""
+def of_checkpoint(found: CheckpointFolder, reference: str, *, verify: bool) -> Inspected:
+    """Inspect a checkpoint, known by its reference; with `verify`, read its values too."""
     config, report = found.config, found.check()
     damaged: tuple[str, ...] = ()
     if verify and (found.path / MANIFEST).exists():  # of `convert`: it has checksums
@@ -36,7 +35,7 @@ def of_checkpoint(found: CheckpointFolder, *, verify: bool) -> Inspected:
         )
 
     def tell() -> None:
-        print_inspection(found.path, config, report)
+        print_inspection(reference, config, report)
         if verify:
             _print_problems(damaged, "verified: every value is a number, every scale above zero")
 
@@ -143,10 +142,10 @@ def _layers(config: ModelConfig) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in ("swa", "csa", "hca")}
 
 
-def print_inspection(checkpoint: Path, config: ModelConfig, report: Inspection) -> None:
+def print_inspection(reference: str, config: ModelConfig, report: Inspection) -> None:
     """Print a table and what is wrong."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{checkpoint}: DeepSeek-V4, {_formats(config)}", style="bold")
+    console.print(f"{reference}: DeepSeek-V4, {_formats(config)}", style="bold")
     kinds = ", ".join(f"{n} {kind.upper()}" for kind, n in _layers(config).items() if n)
     extra = "DSpark drafter" if config.dspark else f"{config.n_mtp_layers} MTP"
     console.print(f"layers: {kinds}, {extra}")

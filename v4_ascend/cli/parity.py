@@ -56,7 +56,7 @@ def group() -> None:
 
 @parity.command("record")
 def record_command(
-    checkpoint: Annotated[Path, typer.Option(help="checkpoint folder")],
+    checkpoint: Annotated[str, typer.Option(help="folder, or hf:org/name@revision")],
     input_ids: Annotated[Path, typer.Option(help="safetensors with input_ids int64 [n, s]")],
     prefill: Annotated[int, typer.Option(help="tokens to prefill; the rest is decoded")],
     out: Annotated[Path, typer.Option(help="safetensors to write: logits fp32 [n, s, vocab]")],
@@ -75,6 +75,7 @@ def record_command(
         emulate_npu(backend, soc)
     from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.checkpoint.sources import whole
     from v4_ascend.cli.files import require_writable
     from v4_ascend.cli.progress import reporter
     from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
@@ -83,7 +84,7 @@ def record_command(
     if out.is_dir():
         raise ConfigError("--out", f"{out} is a folder, must be a file")
     require_writable("--out", out.absolute().parent)
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(whole(checkpoint))
     ids = read_input_ids(input_ids, source.config.vocab_size)
     how = Recording(
         prefill=prefill,

@@ -14,7 +14,7 @@ from v4_ascend.errors import ConfigError, PlanError
 TopologyOption = Annotated[str | None, typer.Option("--topology", help="file, or a bundled name")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value")]
 ModelOption = Annotated[
-    str | None, typer.Option(help="config.json, checkpoint folder or bundled name")
+    str | None, typer.Option(help="config.json, checkpoint folder, hf:org/name or bundled name")
 ]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="every rule that refused layouts")]
 OutOption = Annotated[Path | None, typer.Option(help="folder for plan, env files and page")]
@@ -63,6 +63,7 @@ def run_command(
     as_json: JsonOption = False,
 ) -> None:
     """Rank every legal layout of a topology; exit 3 if none is, with the reasons."""
+    from v4_ascend.checkpoint.sources import configuration
     from v4_ascend.config.topology import load_topology
     from v4_ascend.supernode.experts import ExpertLoad
     from v4_ascend.supernode.planning import find_model, plan_pools
@@ -78,7 +79,7 @@ def run_command(
 
         table = read_table(rank_table, allow_planned=True)
         wanted = with_hosts(wanted, table, str(rank_table))
-    found = find_model(wanted, model)
+    found = find_model(wanted, model, configuration)
     load = ExpertLoad.read(expert_load, found.config) if expert_load is not None else None
     pools = plan_pools(wanted, found, load)
     # A larger pod changes little and doubles the time.
@@ -149,6 +150,7 @@ def simulate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Simulate a decode step and a prefill of the best layout on every device, with faults."""
+    from v4_ascend.checkpoint.sources import configuration
     from v4_ascend.config.topology import load_topology
     from v4_ascend.supernode.plan_simulation import decode_pipeline, prefill_pipeline
     from v4_ascend.supernode.planning import find_model, layout_name, plan_pools
@@ -166,7 +168,7 @@ def simulate_command(
         contention=_factors("--contention", contention or []),
     )
     rows = []
-    for pool in plan_pools(wanted, find_model(wanted, model)):
+    for pool in plan_pools(wanted, find_model(wanted, model, configuration)):
         if pool.chosen is None:
             raise PlanError(f"no legal layout on {pool.system.n_devices} devices; see plan")
         known = [name for name, _ in pool.system.levels] + ["inter"]

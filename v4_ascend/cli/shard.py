@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def shard_command(
-    checkpoint: Annotated[Path, typer.Argument(help="folder with config.json and safetensors")],
+    checkpoint: Annotated[str, typer.Argument(help="folder, or hf:org/name@revision")],
     plan: Annotated[Path, typer.Option("--plan", help="plan.json, as plan --out writes it")],
     out: Annotated[Path, typer.Option("--out", help="new folder")],
     resume: Annotated[
@@ -56,11 +56,12 @@ def shard_command(
     """Lay a checkpoint out for a plan: each rank's tensors in its own files, as it reads them."""
     from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.checkpoint.shard import Sharding
+    from v4_ascend.checkpoint.sources import whole
     from v4_ascend.cli.progress import byte_reporter
     from v4_ascend.supernode.plan import Plan
 
     wanted = Plan.read(plan)
-    folder = CheckpointFolder(checkpoint)
+    folder = CheckpointFolder(whole(checkpoint))
     folder.require_complete()
     recoding = None
     if to is not None:

@@ -148,8 +148,13 @@ class Cluster(Section):
         return sum(s.n_devices for s in self.supernodes)
 
 
+def is_remote(reference: str) -> bool:
+    """Say whether a checkpoint's reference names a hub's repository, not a path."""
+    return reference.startswith(("hf:", "modelscope:"))
+
+
 class Model(Section):
-    """The checkpoint: a folder or ``hf:org/name@revision``."""
+    """The checkpoint: a folder, or ``hf:org/name@revision``, or ``modelscope:`` likewise."""
 
     checkpoint: str = Field(min_length=1)
     name: str = Field(min_length=1)
@@ -223,6 +228,11 @@ class Topology(Section):
     launcher: Literal["local", "ssh", "kubernetes"] = "local"
     emulate: bool = False
     _places: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    def with_checkpoint(self, reference: str) -> Topology:
+        """Return the same deployment of another checkpoint."""
+        model = self.model.model_copy(update={"checkpoint": reference})
+        return self.model_copy(update={"model": model})
 
     def where(self, key: str) -> str:
         """Return where a dotted key, or else the section around it, was given."""
@@ -300,7 +310,7 @@ def require_supported(topology: Topology) -> None:
             t.where("model.reference"),
             f"model.reference: no file {reference}; v4-ascend parity record writes one",
         )
-    is_path = not t.model.checkpoint.startswith("hf:")
+    is_path = not is_remote(t.model.checkpoint)
     if n_hosts > 1 and is_path and not Path(t.model.checkpoint).is_absolute():
         raise ConfigError(
             t.where("model.checkpoint"),

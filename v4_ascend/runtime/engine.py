@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from v4_ascend.backends import find_backend
 from v4_ascend.chat import ChatTokenizer
+from v4_ascend.checkpoint.sources import whole
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
@@ -20,7 +21,7 @@ from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.limits import limits_of
-from v4_ascend.runtime.load import load_rank, open_for_rank, resolve_checkpoint
+from v4_ascend.runtime.load import load_rank, open_for_rank
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
@@ -85,7 +86,7 @@ class Engine:
         backend = find_backend(plan.backend, "plan.backend")
         backend.require()
         backend.use_chip(plan.chip)
-        folder = resolve_checkpoint(plan.checkpoint)
+        folder = whole(plan.checkpoint)
         checkpoint = open_for_rank(folder, plan, groups.rank)
         config = checkpoint.config
         numerics = Numerics.of(config, plan.dtype, plan.quant_sim)

@@ -11,7 +11,6 @@ from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.quant_types import DERIVED_ENDINGS
-from v4_ascend.errors import CheckpointError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
@@ -130,29 +129,3 @@ def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:
         ep=groups.ep,
         dsa_cp=p.dsa_cp,
     )
-
-
-def resolve_checkpoint(reference: str) -> Path:
-    """Return the folder of a checkpoint: a path, or ``hf:org/name@revision`` fetched from the hub.
-
-    Raises:
-        CheckpointError: the hub does not have it, or cannot be reached.
-        ConfigError: what follows ``hf:`` is not a repository's name.
-    """
-    if not reference.startswith("hf:"):
-        return Path(reference)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    repo, _, revision = reference.removeprefix("hf:").partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None))
-    except HFValidationError as e:
-        raise ConfigError(reference, "must be hf:org/name or hf:org/name@revision") from e
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as e:
-        raise CheckpointError(f"{reference}: cannot be fetched: {e}") from e

@@ -13,6 +13,7 @@ from v4_ascend import __version__
 from v4_ascend.chat import ChatTokenizer, encode_messages, encoder_release
 from v4_ascend.chat.grammar import Calls, completion_grammar
 from v4_ascend.chat.strings import CONTROL_MARKERS
+from v4_ascend.checkpoint.sources import whole
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.api.ask import Answer, Ask
@@ -22,7 +23,6 @@ from v4_ascend.runtime.choice import Event, Wanted, run_choice
 from v4_ascend.runtime.dispatcher import Dispatcher
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.limits import limits_of
-from v4_ascend.runtime.load import resolve_checkpoint
 from v4_ascend.runtime.messages import Rules, Sampling
 from v4_ascend.runtime.scheduler import Scheduler
 from v4_ascend.supernode.plan import Plan
@@ -33,7 +33,7 @@ class Service:
 
     def __init__(self, state: Path) -> None:
         self.plan = Plan.read(state / "plan.json")
-        folder = resolve_checkpoint(self.plan.checkpoint)
+        folder = whole(self.plan.checkpoint)
         self.config = ModelConfig.read(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.release = encoder_release(raw)
