@@ -1,0 +1,330 @@
+// Attention of single tokens: gathered rows, the indexer's choice among them, and their making.
+#include "simd.h"
+
+namespace {
+
+// One request's part of a step: tokens [begin, end) of the batch, the first at position `start`.
+struct Span {
+  int64_t begin, end, start;
+
+  int64_t stop() const { return start + end - begin; }
+};
+
+Span span_of(const int32_t* seq_lens, const int32_t* cu_seqlens, int64_t request) {
+  int64_t begin = cu_seqlens[request], end = cu_seqlens[request + 1];
+  return {begin, end, seq_lens[request] - (end - begin)};
+}
+
+struct Token {
+  int64_t request, position;
+};
+
+std::vector<Token> tokens_of(const int32_t* seq_lens, const int32_t* cu_seqlens, int64_t batch) {
+  std::vector<Token> tokens;
+  for (int64_t r = 0; r < batch; r++) {
+    Span s = span_of(seq_lens, cu_seqlens, r);
+    for (int64_t t = s.begin; t < s.end; t++) tokens.push_back({r, s.start + t - s.begin});
+  }
+  return tokens;
+}
+
+// A paged cache of plain rows.
+template <typename T>
+struct Pages {
+  const T* storage;
+  const int32_t* table;
+  int64_t n_blocks, block_rows, dim;
+
+  const T* row(int64_t request, int64_t r) const {
+    int64_t block = table[request * n_blocks + r / block_rows];
+    return storage + (block * block_rows + r % block_rows) * dim;
+  }
+};
+
+template <typename T>
+struct Attention {
+  Pages<T> window, compressed;
+  const int32_t* indices;  // [n_tokens, topk], or none: every row that is there
+  int64_t topk, window_size, ratio, heads, dim;
+  const float* sink;
+  float scale;
+
+  std::vector<const T*> rows_of(int64_t t, Token token) const {
+    std::vector<const T*> rows;
+    for (int64_t p = std::max<int64_t>(token.position - window_size + 1, 0); p <= token.position; p++)
+      rows.push_back(window.row(token.request, p));
+    if (!compressed.storage) return rows;
+    int64_t seen = (token.position + 1) / ratio;
+    if (!indices)
+      for (int64_t r = 0; r < seen; r++) rows.push_back(compressed.row(token.request, r));
+    else
+      for (int64_t i = 0; i < topk; i++) {
+        int64_t r = indices[t * topk + i];
+        if (r >= 0 && r < seen) rows.push_back(compressed.row(token.request, r));
+      }
+    return rows;
+  }
+};
+
+// Turn scores into probabilities, each rounded as Q stores it; return what their sum divides by.
+template <typename Q>
+INLINE float softmax(float* score, int64_t n, float scale, float sink) {
+  float top = -INFINITY, total = 0.0f;
+  for (int64_t i = 0; i < n; i++) top = std::max(top, score[i] *= scale);
+  int64_t i = 0;
+  f32x16 sums = {};
+  for (; i + LANES <= n; i += LANES) {
+    f32x16 p = exp_of_negative(load(score + i) - top);
+    sums += p;
+    store(score + i, p);
+  }
+  for (; i < n; i++) total += score[i] = std::exp(score[i] - top);
+  if (sizeof(Q) < sizeof(float))
+    for (int64_t j = 0; j < n; j++) score[j] = rounded<Q>(score[j]);
+  return sum(sums) + total + std::exp(sink - top);
+}
+
+// Attend from H heads of one token.
+template <int H, typename Q, typename T>
+INLINE void attend(const Q* q, const std::vector<const T*>& rows, const float* sink, float scale,
+                   int64_t dim, float* wide, float* scores, Q* out) {
+  int64_t n = int64_t(rows.size());
+  float divisor[H];
+  for (int h = 0; h < H; h++) widen(q + h * dim, dim, wide + h * dim);
+  for (int64_t r = 0; r < n; r++) {
+    float s[H];
+    dots<H>(wide, dim, rows[r], dim, s);
+    for (int h = 0; h < H; h++) scores[h * n + r] = s[h];
+  }
+  for (int h = 0; h < H; h++) divisor[h] = softmax<Q>(scores + h * n, n, scale, sink[h]);
+  int64_t i = 0;
+  for (; i + 2 * LANES <= dim; i += 2 * LANES) {
+    f32x16 low[H] = {}, high[H] = {};
+    for (int64_t r = 0; r < n; r++) {
+      f32x16 a = load(rows[r] + i), b = load(rows[r] + i + LANES);
+      for (int h = 0; h < H; h++) {
+        low[h] += a * scores[h * n + r];
+        high[h] += b * scores[h * n + r];
+      }
+    }
+    for (int h = 0; h < H; h++) {
+      store(out + h * dim + i, low[h] / divisor[h]);
+      store(out + h * dim + i + LANES, high[h] / divisor[h]);
+    }
+  }
+  for (; i < dim; i++)
+    for (int h = 0; h < H; h++) {
+      float y = 0.0f;
+      for (int64_t r = 0; r < n; r++) y += get(rows[r] + i) * scores[h * n + r];
+      put(out + h * dim + i, y / divisor[h]);
+    }
+}
+
+constexpr int64_t HEADS = 4;  // of one token, which share a read of its rows
+
+// Groups of heads of all tokens, numbered through: [begin, end).
+template <typename Q, typename T>
+CLONES void attend_all(const Attention<T>& a, const std::vector<Token>& tokens, const Q* q, Q* out,
+                       int64_t begin, int64_t end) {
+  int64_t groups = (a.heads + HEADS - 1) / HEADS, known = -1;
+  std::vector<const T*> rows;
+  std::vector<float> wide(HEADS * a.dim), scores;
+  for (int64_t i = begin; i < end; i++) {
+    int64_t t = i / groups, head = i % groups * HEADS;
+    if (t != known) rows = a.rows_of(t, tokens[t]);
+    known = t;
+    scores.resize(HEADS * rows.size());
+    int64_t at = (t * a.heads + head) * a.dim;
+    const float* sink = a.sink + head;
+    float *w = wide.data(), *s = scores.data();
+    switch (std::min(HEADS, a.heads - head)) {
+      case 1: attend<1>(q + at, rows, sink, a.scale, a.dim, w, s, out + at); break;
+      case 2: attend<2>(q + at, rows, sink, a.scale, a.dim, w, s, out + at); break;
+      case 3: attend<3>(q + at, rows, sink, a.scale, a.dim, w, s, out + at); break;
+      default: attend<4>(q + at, rows, sink, a.scale, a.dim, w, s, out + at);
+    }
+  }
+}
+
+template <typename Q, typename T>
+void sparse_attention(const Attention<T>& a, const std::vector<Token>& tokens, const void* q,
+                      void* out) {
+  int64_t groups = (a.heads + HEADS - 1) / HEADS;
+  int64_t cost = HEADS * a.dim * (a.window_size + a.topk);
+  parallel(int64_t(tokens.size()) * groups, cost, [&](int64_t begin, int64_t end) {
+    attend_all(a, tokens, (const Q*)q, (Q*)out, begin, end);
+  });
+}
+
+// sum_h relu(q_h . k) w_h of one row; every step is rounded as Q stores it.
+template <typename Q>
+INLINE float row_score(const float* q, const float* weights, const Q* key, int64_t heads,
+                       int64_t dim) {
+  float total = 0.0f, s[HEADS];
+  for (int64_t h = 0; h < heads; h += HEADS) {
+    int64_t here = std::min(HEADS, heads - h);
+    if (here == HEADS)
+      dots<HEADS>(q + h * dim, dim, key, dim, s);
+    else
+      for (int64_t j = 0; j < here; j++) s[j] = dot(q + (h + j) * dim, key, dim);
+    for (int64_t j = 0; j < here; j++)
+      total += rounded<Q>(std::max(rounded<Q>(s[j]), 0.0f) * weights[h + j]);
+  }
+  return rounded<Q>(total);
+}
+
+template <typename Q>
+CLONES void score_rows(const Pages<Q>& keys, const float* q, const float* weights, int64_t request,
+                       int64_t heads, int64_t begin, int64_t end, float* out) {
+  for (int64_t r = begin; r < end; r++) {
+    float s = row_score(q, weights, keys.row(request, r), heads, keys.dim);
+    out[r] = std::isnan(s) ? INFINITY : s;  // torch's top-k takes it for the largest, too
+  }
+}
+
+// The `topk` rows of highest score, ascending, ties to the lower row; -1 behind them.
+void choose(const float* score, int64_t n, int64_t topk, int32_t* ids) {
+  int64_t found = 0;
+  if (n <= topk) {
+    for (; found < n; found++) ids[found] = int32_t(found);
+  } else {
+    std::vector<float> order(score, score + n);
+    std::nth_element(order.begin(), order.begin() + topk - 1, order.end(), std::greater<float>());
+    float threshold = order[topk - 1];
+    int64_t above = std::count_if(score, score + n, [=](float s) { return s > threshold; });
+    int64_t vacant = topk - above;
+    for (int64_t r = 0; r < n; r++)
+      if (score[r] > threshold || (score[r] == threshold && vacant-- > 0)) ids[found++] = int32_t(r);
+  }
+  std::fill(ids + found, ids + topk, -1);
+}
+
+template <typename Q>
+void select_rows(const Pages<Q>& keys, const std::vector<Token>& tokens, const Q* q,
+                 const Q* weights, int64_t heads, int64_t ratio, int64_t topk, int32_t* ids) {
+  int64_t n_tokens = int64_t(tokens.size()), width = heads * keys.dim;
+  std::vector<float> wide(n_tokens * width), wide_weights(n_tokens * heads);
+  widen(q, n_tokens * width, wide.data());
+  widen(weights, n_tokens * heads, wide_weights.data());
+  std::vector<float> scores;
+  for (int64_t t = 0; t < n_tokens; t++) {
+    int64_t seen = (tokens[t].position + 1) / ratio;
+    scores.resize(seen);
+    const float *own = wide.data() + t * width, *w = wide_weights.data() + t * heads;
+    float* out = scores.data();
+    parallel(seen, width, [&](int64_t begin, int64_t end) {
+      score_rows(keys, own, w, tokens[t].request, heads, begin, end, out);
+    });
+    choose(out, seen, topk, ids + t * topk);
+  }
+}
+
+// What one compressed row is made of, for each of its tokens.
+struct Part {
+  const float *kv, *score;
+};
+
+// out = sum_i kv_i softmax_i(score_i), per channel.
+CLONES void pool(const std::vector<Part>& parts, int64_t n, float* out) {
+  for (int64_t c = 0; c < n; c += LANES) {
+    int64_t here = std::min(LANES, n - c);
+    auto read = [&](const float* p) __attribute__((always_inline)) {
+      if (here == LANES) return load(p + c);
+      float x[LANES] = {};
+      std::copy_n(p + c, here, x);
+      return load(x);
+    };
+    f32x16 top = read(parts[0].score), total = {}, y = {};
+    for (const Part& part : parts) {
+      f32x16 s = read(part.score);
+      top = s > top ? s : top;
+    }
+    for (const Part& part : parts) {
+      f32x16 p = exp_of_negative(read(part.score) - top);
+      total += p;
+      y += p * read(part.kv);
+    }
+    float result[LANES];
+    store(result, y / total);
+    std::copy_n(result, here, out + c);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void sparse_attn(const void* q, const void* window, const int32_t* window_table,
+                 int64_t window_blocks, int64_t window_rows, const void* compressed,
+                 const int32_t* table, int64_t blocks, int64_t rows, const int32_t* indices,
+                 int64_t topk, const int32_t* seq_lens, const int32_t* cu_seqlens, int64_t batch,
+                 const float* sink, float scale, int64_t window_size, int64_t ratio, void* out,
+                 int64_t heads, int64_t dim, int64_t q_is_bf16, int64_t rows_are_bf16) {
+  std::vector<Token> tokens = tokens_of(seq_lens, cu_seqlens, batch);
+  auto run = [&](auto row) {
+    using T = decltype(row);
+    Pages<T> near{(const T*)window, window_table, window_blocks, window_rows, dim};
+    Pages<T> far{(const T*)compressed, table, blocks, rows, dim};
+    Attention<T> a{near, far, indices, topk, window_size, ratio, heads, dim, sink, scale};
+    if (q_is_bf16)
+      sparse_attention<bf16>(a, tokens, q, out);
+    else
+      sparse_attention<float>(a, tokens, q, out);
+  };
+  if (rows_are_bf16)
+    run(bf16{});
+  else
+    run(float{});
+}
+
+void index_select(const void* q, const void* weights, const void* storage, const int32_t* table,
+                  int64_t blocks, int64_t rows, const int32_t* seq_lens, const int32_t* cu_seqlens,
+                  int64_t batch, int64_t heads, int64_t dim, int64_t ratio, int64_t topk,
+                  int32_t* ids, int64_t is_bf16) {
+  std::vector<Token> tokens = tokens_of(seq_lens, cu_seqlens, batch);
+  if (is_bf16)
+    select_rows(Pages<bf16>{(const bf16*)storage, table, blocks, rows, dim}, tokens, (const bf16*)q,
+                (const bf16*)weights, heads, ratio, topk, ids);
+  else
+    select_rows(Pages<float>{(const float*)storage, table, blocks, rows, dim}, tokens,
+                (const float*)q, (const float*)weights, heads, ratio, topk, ids);
+}
+
+// Pool the groups that a step completes into `pooled`, packed by request, and carry what later
+// steps need in `state`, K | Z of token t in row t % state_rows. `score` comes without `ape`.
+void compress_kv(const float* kv, float* score, const float* ape, float* state,
+                 const int64_t* state_slots, const int32_t* seq_lens, const int32_t* cu_seqlens,
+                 int64_t batch, int64_t ratio, int64_t head_dim, int64_t width, int64_t state_rows,
+                 float* pooled) {
+  std::vector<Part> parts;
+  for (int64_t request = 0; request < batch; request++) {
+    Span s = span_of(seq_lens, cu_seqlens, request);
+    float* own = state + state_slots[request] * state_rows * 2 * width;
+    for (int64_t t = s.begin; t < s.end; t++) {
+      const float* more = ape + (s.start + t - s.begin) % ratio * width;
+      for (int64_t c = 0; c < width; c++) score[t * width + c] += more[c];
+    }
+    auto add_group = [&](int64_t group, int64_t channel) {
+      for (int64_t p = group * ratio; p < (group + 1) * ratio; p++) {
+        const float* carried = own + p % state_rows * 2 * width + channel;
+        int64_t at = (s.begin + p - s.start) * width + channel;
+        parts.push_back(p < s.start ? Part{carried, carried + width} : Part{kv + at, score + at});
+      }
+    };
+    for (int64_t group = s.start / ratio; group < s.stop() / ratio; group++) {
+      parts.clear();
+      // The first half of the channels belongs to the next group, the second to its own.
+      bool overlaps = width == 2 * head_dim;
+      if (overlaps && group > 0) add_group(group - 1, 0);
+      add_group(group, overlaps ? head_dim : 0);
+      pool(parts, head_dim, pooled);
+      pooled += head_dim;
+    }
+    for (int64_t t = std::max(s.begin, s.end - state_rows); t < s.end; t++) {
+      float* to = own + (s.start + t - s.begin) % state_rows * 2 * width;
+      std::copy_n(kv + t * width, width, to);
+      std::copy_n(score + t * width, width, to + width);
+    }
+  }
+}
+}

@@ -1,0 +1,178 @@
+// Products of few rows with a weight that is read once, in the format it is stored in.
+#include "simd.h"
+
+namespace {
+
+constexpr int MAX_ROWS = 4;  // of one group that share a read of its weight
+
+// Weight rows of one format: `products` multiplies M rows of activations with row r.
+template <typename T>
+struct Plain {
+  const T* weight;
+  int64_t n, k;
+
+  template <int M>
+  INLINE void products(const Plain& w, int64_t expert, int64_t r, const float* x, float* y) {
+    dots<M>(x, w.k, w.weight + (expert * w.n + r) * w.k, w.k, y);
+  }
+};
+
+INLINE float power_of_two(uint8_t e8m0) {
+  uint32_t bits = e8m0 == 0 ? 0x00400000u : e8m0 == 255 ? 0x7FC00000u : uint32_t(e8m0) << 23;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+INLINE f32x16 from_e4m3(const uint8_t* p) {
+  u8x16 bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  u32x16 b = __builtin_convertvector(bytes, u32x16);
+  u32x16 sign = (b & 0x80) << 24, magnitude = b & 0x7F;
+  f32x16 normal = (f32x16)((magnitude << 20) + (120u << 23));
+  f32x16 subnormal = __builtin_convertvector((i32x16)magnitude, f32x16) * 0x1p-9f;
+  f32x16 y = (f32x16)(magnitude < 8 ? (u32x16)subnormal : (u32x16)normal);
+  y = (f32x16)(magnitude == 0x7F ? u32x16{} + 0x7FC00000u : (u32x16)y);
+  return (f32x16)((u32x16)y | sign);
+}
+
+// e4m3 with a scale for `rows` x `group` values.
+struct FP8 {
+  const uint8_t* weight;
+  const void* scale;
+  int64_t n, k, rows, group, n_scale_rows, scale_is_fp32;
+
+  template <int M>
+  INLINE void products(const FP8& w, int64_t expert, int64_t r, const float* x, float* y) {
+    const uint8_t* row = w.weight + (expert * w.n + r) * w.k;
+    int64_t n_groups = w.k / w.group;
+    int64_t at = (expert * w.n_scale_rows + r / w.rows) * n_groups;
+    f32x16 total[M] = {};
+    for (int64_t g = 0; g < n_groups; g++) {
+      f32x16 part[M] = {};
+      for (int64_t i = g * w.group; i < (g + 1) * w.group; i += LANES) {
+        f32x16 value = from_e4m3(row + i);
+        for (int m = 0; m < M; m++) part[m] += load(x + m * w.k + i) * value;
+      }
+      float s = w.scale_is_fp32 ? ((const float*)w.scale)[at + g]
+                                : power_of_two(((const uint8_t*)w.scale)[at + g]);
+      for (int m = 0; m < M; m++) total[m] += part[m] * s;
+    }
+    for (int m = 0; m < M; m++) y[m] = sum(total[m]);
+  }
+};
+
+// Two e2m1 a byte, the even channel low, an E8M0 scale for 32 channels. Activations come with the
+// even channels of all before the odd ones.
+struct FP4 {
+  const uint8_t* weight;
+  const uint8_t* scale;
+  int64_t n, k;
+
+  template <int M>
+  INLINE void products(const FP4& w, int64_t expert, int64_t r, const float* x, float* y) {
+    // Twice the value of each code, so that all are whole numbers.
+    const i8x16 doubled = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    const uint8_t* row = w.weight + (expert * w.n + r) * w.k / 2;
+    const uint8_t* scale = w.scale + (expert * w.n + r) * w.k / 32;
+    f32x16 total[M] = {};
+    for (int64_t g = 0; g < w.k / 32; g++) {
+      u8x16 bytes;
+      memcpy(&bytes, row + 16 * g, sizeof bytes);
+      i8x16 low = __builtin_shuffle(doubled, (i8x16)(bytes & 15));
+      i8x16 high = __builtin_shuffle(doubled, (i8x16)(bytes >> 4));
+      f32x16 even = __builtin_convertvector(low, f32x16);
+      f32x16 odd = __builtin_convertvector(high, f32x16);
+      float s = power_of_two(scale[g]) * 0.5f;
+      for (int m = 0; m < M; m++) {
+        const float* own = x + m * w.k + LANES * g;
+        total[m] += (load(own) * even + load(own + w.k / 2) * odd) * s;
+      }
+    }
+    for (int m = 0; m < M; m++) y[m] = sum(total[m]);
+  }
+};
+
+struct Group {
+  int64_t expert, first, rows;
+};
+
+template <int M, typename W>
+INLINE void multiply(const W& w, const float* x, float* out, const Group& g, int64_t r) {
+  float y[M];
+  W::template products<M>(w, g.expert, r, x + g.first * w.k, y);
+  for (int m = 0; m < M; m++) out[(g.first + m) * w.n + r] = y[m];
+}
+
+// Output channels of all groups, numbered through: [begin, end).
+template <typename W>
+CLONES void channels(W w, const float* x, float* out, const Group* groups, int64_t begin,
+                     int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    const Group& g = groups[i / w.n];
+    int64_t r = i % w.n;
+    switch (g.rows) {
+      case 1: multiply<1>(w, x, out, g, r); break;
+      case 2: multiply<2>(w, x, out, g, r); break;
+      case 3: multiply<3>(w, x, out, g, r); break;
+      default: multiply<4>(w, x, out, g, r);
+    }
+  }
+}
+
+template <typename W>
+void grouped(W w, const float* x, const int64_t* group_sizes, int64_t n_experts, float* out) {
+  std::vector<Group> groups;
+  int64_t first = 0;
+  for (int64_t e = 0; e < n_experts; e++) {
+    for (int64_t left = group_sizes[e]; left > 0; left -= MAX_ROWS) {
+      int64_t rows = std::min<int64_t>(left, MAX_ROWS);
+      groups.push_back({e, first, rows});
+      first += rows;
+    }
+  }
+  const Group* all = groups.data();
+  parallel(int64_t(groups.size()) * w.n, w.k,
+           [=](int64_t begin, int64_t end) { channels(w, x, out, all, begin, end); });
+}
+
+}  // namespace
+
+extern "C" {
+
+void gemv_plain(const float* x, const void* weight, const int64_t* group_sizes, float* out,
+                int64_t n_experts, int64_t n, int64_t k, int64_t weight_is_bf16) {
+  if (weight_is_bf16)
+    grouped(Plain<bf16>{(const bf16*)weight, n, k}, x, group_sizes, n_experts, out);
+  else
+    grouped(Plain<float>{(const float*)weight, n, k}, x, group_sizes, n_experts, out);
+}
+
+void gemv_fp8(const float* x, const uint8_t* weight, const void* scale, const int64_t* group_sizes,
+              float* out, int64_t n_experts, int64_t n, int64_t k, int64_t rows, int64_t group,
+              int64_t n_scale_rows, int64_t scale_is_fp32) {
+  grouped(FP8{weight, scale, n, k, rows, group, n_scale_rows, scale_is_fp32}, x, group_sizes,
+          n_experts, out);
+}
+
+void gemv_fp4(const float* x, const uint8_t* weight, const uint8_t* scale,
+              const int64_t* group_sizes, float* out, int64_t n_experts, int64_t n, int64_t k) {
+  grouped(FP4{weight, scale, n, k}, x, group_sizes, n_experts, out);
+}
+
+// e4m3 values with a scale for each group of channels, as floats; with `is_split` the even channels
+// of a row before its odd ones.
+void widen_fp8(const uint8_t* values, const uint8_t* scale, float* out, int64_t rows, int64_t k,
+               int64_t group, int64_t is_split) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t i = 0; i < k; i += LANES) {
+      float wide[LANES];
+      store(wide, from_e4m3(values + r * k + i) * power_of_two(scale[(r * k + i) / group]));
+      for (int64_t j = 0; j < LANES; j++) {
+        int64_t at = is_split ? (j % 2) * k / 2 + (i + j) / 2 : i + j;
+        out[r * k + at] = wide[j];
+      }
+    }
+  }
+}
+}

@@ -1,0 +1,158 @@
+// Sixteen floats at a time, on whatever the machine has: compilers lower these vectors to AVX-512,
+// AVX2, NEON or SSE. Sums keep one order everywhere, so results do not depend on the machine's
+// width; only the contraction of products and sums is left to it.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// Compiled once for each of these, chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+constexpr int64_t LANES = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+INLINE f32x16 splat(float x) { return f32x16{} + x; }
+
+INLINE f32x16 load(const float* p) {
+  f32x16 v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE f32x16 load(const bf16* p) {
+  u16x16 v;
+  memcpy(&v, p, sizeof v);
+  return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+}
+
+INLINE void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest, ties to even, as torch does.
+INLINE void store(bf16* p, f32x16 v) {
+  u32x16 u = (u32x16)v;
+  u = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  u16x16 h = __builtin_convertvector(u, u16x16);
+  memcpy(p, &h, sizeof h);
+}
+
+INLINE float get(const float* p) { return *p; }
+
+INLINE float get(const bf16* p) {
+  uint32_t u = uint32_t(p->bits) << 16;
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+INLINE void put(float* p, float x) { *p = x; }
+
+INLINE void put(bf16* p, float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  p->bits = uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+// What storing a value as T and reading it again gives.
+template <typename T>
+INLINE float rounded(float x) {
+  T t;
+  put(&t, x);
+  return get(&t);
+}
+
+INLINE float sum(f32x16 v) {
+  float s[LANES];
+  store(s, v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) s[i] += s[i + width];
+  return s[0];
+}
+
+// sum_i a[i] b[i], for M rows of `a` against one of `b`, which is read once.
+template <int M, typename B>
+INLINE void dots(const float* a, int64_t a_stride, const B* b, int64_t n, float* out) {
+  f32x16 even[M] = {}, odd[M] = {};
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    f32x16 b0 = load(b + i), b1 = load(b + i + LANES);
+    for (int m = 0; m < M; m++) {
+      even[m] += load(a + m * a_stride + i) * b0;
+      odd[m] += load(a + m * a_stride + i + LANES) * b1;
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    float total = sum(even[m] + odd[m]);
+    for (int64_t j = i; j < n; j++) total += a[m * a_stride + j] * get(b + j);
+    out[m] = total;
+  }
+}
+
+template <typename B>
+INLINE float dot(const float* a, const B* b, int64_t n) {
+  float total;
+  dots<1>(a, 0, b, n, &total);
+  return total;
+}
+
+template <typename T>
+INLINE void widen(const T* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, load(x + i));
+  for (; i < n; i++) out[i] = get(x + i);
+}
+
+// e^x for x <= 0, to 2e-7 of its value; below -87 it is 0.
+INLINE f32x16 exp_of_negative(f32x16 x) {
+  f32x16 is_small = (f32x16)(x < splat(-87.0f));
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  // x = k ln 2 + r; adding 1.5 * 2^23 rounds k to a whole number in the low bits.
+  f32x16 k = x * 1.44269504f + 12582912.0f;
+  i32x16 exponent = (i32x16)k << 23;
+  k -= 12582912.0f;
+  f32x16 r = x - k * 0.693359375f;
+  r -= k * -2.12194440e-4f;
+  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  f32x16 y = (f32x16)((i32x16)p + exponent);
+  return (f32x16)((i32x16)y & ~(i32x16)is_small);
+}
+
+// Call f(begin, end) for parts of [0, n), on several threads if `n * cost` operations are worth it.
+template <typename F>
+inline void parallel(int64_t n, int64_t cost, F f) {
+  constexpr int64_t WORTH = 32768;
+  if (n < 2 || n * cost < WORTH || omp_get_max_threads() < 2 || omp_in_parallel()) {
+    f(int64_t(0), n);
+    return;
+  }
+#pragma omp parallel
+  {
+    int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
+    if (begin < end) f(begin, end);
+  }
+}

@@ -1,0 +1,125 @@
+"""Products of few rows with weights as they are stored, compiled: a weight is read once."""
+
+from __future__ import annotations
+
+import torch
+
+from v4_ascend.backends.cpu.compiled.library import FEW, MISSING, function, is_bf16, pointer
+from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
+from v4_ascend.ops.formats import E8M0, is_mx
+
+_plain = function("gemv_plain", "ppppiiii")
+_fp8 = function("gemv_fp8", "pppppiiiiiii")
+_fp4 = function("gemv_fp4", "pppppiii")
+_widen = function("widen_fp8", "pppiiii")
+BLOCK, FP4_GROUP = 128, 32
+
+
+def _few(n_rows: int) -> str | None:
+    if MISSING is not None:
+        return MISSING
+    return f"{n_rows} rows: torch multiplies more than {FEW} faster" if n_rows > FEW else None
+
+
+def _wide(x: torch.Tensor, scale: torch.Tensor, *, is_split: bool) -> torch.Tensor:
+    """Widen quantised activations; split, the even channels of a row come before the odd ones."""
+    x, scale = x.contiguous(), scale.contiguous()
+    n, k = x.shape
+    out = torch.empty(n, k)
+    group = k // scale.shape[1]
+    _widen(pointer(x), pointer(scale), pointer(out), n, k, group, is_split)
+    return out
+
+
+def _product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    sizes: torch.Tensor,
+) -> torch.Tensor:
+    """Multiply by [n_experts, n, k] of a quantised format."""
+    n_experts, n, _ = weight.shape
+    weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
+    out, k = torch.empty(len(x), n), x.shape[1]
+    is_fp4 = weight.dtype == torch.int8
+    wide = _wide(x, x_scale, is_split=is_fp4)
+    arrays = (*map(pointer, (wide, weight, weight_scale, sizes, out)), n_experts, n, k)
+    if is_fp4:
+        _fp4(*arrays)
+        return out
+    rows, group = (1, 32) if is_mx(weight, weight_scale) else (BLOCK, BLOCK)
+    is_fp32 = weight_scale.dtype != E8M0
+    _fp8(*arrays, rows, group, weight_scale.shape[1], is_fp32)
+    return out
+
+
+def _why_not_quantised(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> str | None:
+    if b_scale.dtype not in (E8M0, torch.float32):
+        return f"scales are {b_scale.dtype}"
+    return _few(len(a))
+
+
+@fp8_gemm.kernel("cpu", provider="c++", why_not=_why_not_quantised)
+def fp8_gemm_compiled(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Read a byte for each weight."""
+    sizes = torch.tensor([len(a)])
+    return _product(a, a_scale, b.unsqueeze(0), b_scale.unsqueeze(0), sizes).to(out_dtype)
+
+
+@fp4_gemm.kernel("cpu", provider="c++", why_not=_why_not_quantised)
+def fp4_gemm_compiled(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Read half a byte for each weight."""
+    sizes = torch.tensor([len(a)])
+    return _product(a, a_scale, b.unsqueeze(0), b_scale.unsqueeze(0), sizes).to(out_dtype)
+
+
+def _why_not_grouped(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    group_sizes: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> str | None:
+    if weight_scale is not None and weight_scale.dtype not in (E8M0, torch.float32):
+        return f"scales are {weight_scale.dtype}"
+    return _few(len(x))
+
+
+@grouped_gemm.kernel("cpu", provider="c++", why_not=_why_not_grouped)
+def grouped_gemm_compiled(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    group_sizes: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Read the weight of each expert that has rows once for every four of them."""
+    sizes = group_sizes.contiguous()
+    if x_scale is not None and weight_scale is not None:
+        return _product(x, x_scale, weight, weight_scale, sizes).to(out_dtype)
+    n_experts, n, k = weight.shape
+    out, wide, weight = torch.empty(len(x), n), x.float().contiguous(), weight.contiguous()
+    arrays = map(pointer, (wide, weight, sizes, out))
+    _plain(*arrays, n_experts, n, k, is_bf16(weight))
+    return out.to(out_dtype)

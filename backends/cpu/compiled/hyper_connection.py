@@ -1,0 +1,77 @@
+"""Hyper-connections, compiled: each stream is read once where it is used."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from v4_ascend.backends.cpu.compiled.library import FEW, MISSING, function, is_bf16, pointer, why_not
+from v4_ascend.ops import hc_post, hc_pre
+
+_hc_logits = function("hc_logits", "pppiiifi")
+_hc_pre = function("hc_pre", "pppppppiiiifi")
+_hc_post = function("hc_post", "pppppiiii")
+MAX_HC = 8  # streams, as in csrc/hyper_connection.cpp
+
+
+def _why_not_pre(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> str | None:
+    if x.shape[1] > MAX_HC:
+        return f"{x.shape[1]} streams, at most {MAX_HC}"
+    return why_not(x)
+
+
+@hc_pre.kernel("cpu", provider="c++", why_not=_why_not_pre)
+def hc_pre_compiled(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mix, run Sinkhorn and collapse in two calls; many tokens' products are torch's."""
+    x = x.contiguous()
+    n, hc, dim = x.shape
+    if n <= FEW:
+        logits = x.new_empty(n, len(fn), dtype=torch.float32)
+        sizes = (n, len(fn), hc * dim, norm_eps, is_bf16(x))
+        _hc_logits(pointer(x), pointer(fn), pointer(logits), *sizes)
+    else:
+        flat = x.flatten(1).float()
+        logits = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    y = x.new_empty(n, dim)
+    post = x.new_empty(n, hc, dtype=torch.float32)
+    comb = x.new_empty(n, hc, hc, dtype=torch.float32)
+    _hc_pre(
+        *map(pointer, (x, logits, scale, base, y, post, comb)),
+        *(n, hc, dim, sinkhorn_iters, hc_eps, is_bf16(x)),
+    )
+    return y, post, comb
+
+
+def _why_not_post(
+    x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+) -> str | None:
+    if MISSING is None and x.dtype != residual.dtype:
+        return f"x is {x.dtype}, the residual {residual.dtype}"
+    return why_not(x)
+
+
+@hc_post.kernel("cpu", provider="c++", why_not=_why_not_post)
+def hc_post_compiled(
+    x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+) -> torch.Tensor:
+    """Read every stream once for each stream written."""
+    x, residual, post, comb = (t.contiguous() for t in (x, residual, post, comb))
+    out = torch.empty_like(residual)
+    _hc_post(*map(pointer, (x, residual, post, comb, out)), *residual.shape, is_bf16(x))
+    return out

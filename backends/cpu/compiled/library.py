@@ -1,0 +1,65 @@
+"""The CPU's compiled kernels: a library of plain C functions, built with the package.
+
+It is optional: where there was no C++ compiler, every kernel of it is refused with that reason and
+the plain ones run. It links no OpenMP of its own; its loops run on the threads torch has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+NAME = "v4_ascend.backends.cpu.compiled._kernels"
+FEW = 32  # tokens; of more, matrix products by torch are faster than single rows of ours
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    spec = find_spec(NAME)
+    if spec is None or spec.origin is None:
+        return None, "the compiled kernels were not built: no C++ compiler when v4-ascend was installed"
+    try:
+        return ctypes.CDLL(spec.origin), None
+    except OSError as e:
+        return None, f"the compiled kernels do not load: {e}"
+
+
+_library, MISSING = _load()
+
+
+def function(name: str, arguments: str) -> Callable[..., None]:
+    """Return a function of the library; each argument is a pointer, an integer or a float."""
+    if _library is None:
+        return _refuse
+    found: Any = getattr(_library, name)
+    found.argtypes = [_TYPES[a] for a in arguments]
+    found.restype = None
+    return found  # type: ignore[no-any-return]
+
+
+def _refuse(*_arguments: Any) -> None:
+    raise RuntimeError(str(MISSING))  # why_not has said so already
+
+
+def why_not(*tensors: torch.Tensor | None) -> str | None:
+    """Refuse where there is no library, or tensors are neither fp32 nor bf16."""
+    if MISSING is not None:
+        return MISSING
+    for t in tensors:
+        if t is not None and t.dtype not in (torch.float32, torch.bfloat16):
+            return f"{str(t.dtype).removeprefix('torch.')}, not fp32 or bf16"
+    return None
+
+
+def pointer(x: torch.Tensor | None) -> int | None:
+    """Return where a contiguous tensor's data begins."""
+    return None if x is None else x.data_ptr()
+
+
+def is_bf16(x: torch.Tensor) -> bool:
+    """Say which of the library's two types a tensor has."""
+    return x.dtype == torch.bfloat16
