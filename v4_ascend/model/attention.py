@@ -101,7 +101,7 @@ class Attention:
             o = self._attend(q, x[first:end], qr[first:end], everyone, batch, mine, cache)
             o = to_heads(o, len(x), tp)
         o = o.flatten(1).unflatten(1, (self.wo_a.shape[0], -1))
-        z = torch.einsum("tgd,god->tgo", o, self.wo_a)
+        z = torch.bmm(o.transpose(0, 1), self.wo_a.transpose(1, 2)).transpose(0, 1)
         return self.shard.tp.all_reduce(self.wo_b(z.flatten(1)))
 
     def _write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:

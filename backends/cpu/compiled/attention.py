@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.backends.cpu.compiled.library import FEW, MISSING, function, is_bf16, pointer, why_not
+from v4_ascend.backends.cpu.compiled.library import (
+    FEW,
+    MISSING,
+    function,
+    is_bf16,
+    pointer,
+    why_not,
+)
 from v4_ascend.backends.cpu.compiled.rows import rms_norm_compiled, rope_compiled
 from v4_ascend.ops import compress_kv, index_select, sparse_attn
 
@@ -154,9 +161,11 @@ def compress_kv_compiled(
     kv, score = F.linear(wide, wkv), F.linear(wide, wgate)
     head_dim, width = len(norm_weight), ape.shape[1]
     pooled = torch.zeros(len(cos), head_dim)
-    _compress_kv(
+    n_rows = _compress_kv(
         *map(pointer, (kv, score, ape, state, state_slots, seq_lens, cu_seqlens)),
         *(len(seq_lens), compress_ratio, head_dim, width, state.shape[1], pointer(pooled)),
     )
+    if not n_rows:
+        return pooled.to(x.dtype), state
     normed = rms_norm_compiled(pooled.to(x.dtype), norm_weight, norm_eps)
     return rope_compiled(normed, cos, sin), state

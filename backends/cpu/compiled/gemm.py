@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import FEW, MISSING, function, is_bf16, pointer
+from v4_ascend.backends.cpu.compiled.library import MISSING, function, is_bf16, pointer
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
 from v4_ascend.ops.formats import E8M0, is_mx
 
@@ -12,13 +12,16 @@ _plain = function("gemv_plain", "ppppiiii")
 _fp8 = function("gemv_fp8", "pppppiiiiiii")
 _fp4 = function("gemv_fp4", "pppppiii")
 _widen = function("widen_fp8", "pppiiii")
-BLOCK, FP4_GROUP = 128, 32
+BLOCK, MX_GROUP = 128, 32
+# Rows of an expert from which on torch's products are faster; a quantised weight must be
+# widened for them first.
+PLAIN_ROWS, QUANTISED_ROWS = 8, 64
 
 
-def _few(n_rows: int) -> str | None:
+def _few(n_rows: int, most: int) -> str | None:
     if MISSING is not None:
         return MISSING
-    return f"{n_rows} rows: torch multiplies more than {FEW} faster" if n_rows > FEW else None
+    return f"{n_rows} rows: torch multiplies more than {most} faster" if n_rows > most else None
 
 
 def _wide(x: torch.Tensor, scale: torch.Tensor, *, is_split: bool) -> torch.Tensor:
@@ -48,7 +51,7 @@ def _product(
     if is_fp4:
         _fp4(*arrays)
         return out
-    rows, group = (1, 32) if is_mx(weight, weight_scale) else (BLOCK, BLOCK)
+    rows, group = (1, MX_GROUP) if is_mx(weight, weight_scale) else (BLOCK, BLOCK)
     is_fp32 = weight_scale.dtype != E8M0
     _fp8(*arrays, rows, group, weight_scale.shape[1], is_fp32)
     return out
@@ -63,7 +66,7 @@ def _why_not_quantised(
 ) -> str | None:
     if b_scale.dtype not in (E8M0, torch.float32):
         return f"scales are {b_scale.dtype}"
-    return _few(len(a))
+    return _few(len(a), QUANTISED_ROWS)
 
 
 @fp8_gemm.kernel("cpu", provider="c++", why_not=_why_not_quantised)
@@ -102,7 +105,8 @@ def _why_not_grouped(
 ) -> str | None:
     if weight_scale is not None and weight_scale.dtype not in (E8M0, torch.float32):
         return f"scales are {weight_scale.dtype}"
-    return _few(len(x))
+    each = PLAIN_ROWS if weight_scale is None else QUANTISED_ROWS
+    return _few(len(x), each * len(weight))
 
 
 @grouped_gemm.kernel("cpu", provider="c++", why_not=_why_not_grouped)

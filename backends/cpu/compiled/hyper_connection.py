@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.backends.cpu.compiled.library import FEW, MISSING, function, is_bf16, pointer, why_not
-from v4_ascend.ops import hc_post, hc_pre
+from v4_ascend.backends.cpu.compiled.library import (
+    FEW,
+    MISSING,
+    function,
+    is_bf16,
+    pointer,
+    why_not,
+)
+from v4_ascend.ops import hc_head, hc_post, hc_pre
 
-_hc_logits = function("hc_logits", "pppiiifi")
-_hc_pre = function("hc_pre", "pppppppiiiifi")
+_hc_pre = function("hc_pre", "ppppppppiiiiffi")
+_hc_head = function("hc_head", "pppppiiiffi")
 _hc_post = function("hc_post", "pppppiiii")
 MAX_HC = 8  # streams, as in csrc/hyper_connection.cpp
 
@@ -38,23 +45,19 @@ def hc_pre_compiled(
     hc_eps: float,
     sinkhorn_iters: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mix, run Sinkhorn and collapse in two calls; many tokens' products are torch's."""
+    """Mix, run Sinkhorn and collapse in one call; many tokens' products are torch's."""
     x = x.contiguous()
     n, hc, dim = x.shape
     if n <= FEW:
-        logits = x.new_empty(n, len(fn), dtype=torch.float32)
-        sizes = (n, len(fn), hc * dim, norm_eps, is_bf16(x))
-        _hc_logits(pointer(x), pointer(fn), pointer(logits), *sizes)
+        logits = torch.empty(n, len(fn))
     else:
         flat = x.flatten(1).float()
         logits = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
-    y = x.new_empty(n, dim)
-    post = x.new_empty(n, hc, dtype=torch.float32)
-    comb = x.new_empty(n, hc, hc, dtype=torch.float32)
-    _hc_pre(
-        *map(pointer, (x, logits, scale, base, y, post, comb)),
-        *(n, hc, dim, sinkhorn_iters, hc_eps, is_bf16(x)),
-    )
+    y, post, comb = torch.empty(n, dim, dtype=x.dtype), torch.empty(n, hc), torch.empty(n, hc, hc)
+    own_fn = pointer(fn) if n <= FEW else None
+    arrays = map(pointer, (logits, scale, base, y, post, comb))
+    sizes = (n, hc, dim, sinkhorn_iters)
+    _hc_pre(pointer(x), own_fn, *arrays, *sizes, norm_eps, hc_eps, is_bf16(x))
     return y, post, comb
 
 
@@ -75,3 +78,34 @@ def hc_post_compiled(
     out = torch.empty_like(residual)
     _hc_post(*map(pointer, (x, residual, post, comb, out)), *residual.shape, is_bf16(x))
     return out
+
+
+def _why_not_head(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+) -> str | None:
+    if x.shape[1] > MAX_HC:
+        return f"{x.shape[1]} streams, at most {MAX_HC}"
+    return why_not(x)
+
+
+@hc_head.kernel("cpu", provider="c++", why_not=_why_not_head)
+def hc_head_compiled(
+    x: torch.Tensor,
+    fn: torch.Tensor,
+    scale: torch.Tensor,
+    base: torch.Tensor,
+    norm_eps: float,
+    hc_eps: float,
+) -> torch.Tensor:
+    """Weigh and collapse in one call."""
+    x = x.contiguous()
+    n, hc, dim = x.shape
+    y = torch.empty(n, dim, dtype=x.dtype)
+    arrays = map(pointer, (x, fn, scale, base, y))
+    _hc_head(*arrays, n, hc, dim, norm_eps, hc_eps, is_bf16(x))
+    return y

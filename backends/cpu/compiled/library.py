@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 NAME = "v4_ascend.backends.cpu.compiled._kernels"
-FEW = 32  # tokens; of more, matrix products by torch are faster than single rows of ours
+FEW = 64  # tokens; of more, matrix products by torch are faster than single rows of ours
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     spec = find_spec(NAME)
     if spec is None or spec.origin is None:
-        return None, "the compiled kernels were not built: no C++ compiler when v4-ascend was installed"
+        return (
+            None,
+            "the compiled kernels were not built: no C++ compiler when v4-ascend was installed",
+        )
     try:
         return ctypes.CDLL(spec.origin), None
     except OSError as e:
@@ -31,17 +34,20 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 _library, MISSING = _load()
 
 
-def function(name: str, arguments: str) -> Callable[..., None]:
-    """Return a function of the library; each argument is a pointer, an integer or a float."""
+def function(name: str, arguments: str) -> Callable[..., int]:
+    """Return a function of the library; each argument is a pointer, an integer or a float.
+
+    Most return nothing, and what comes back of them means nothing.
+    """
     if _library is None:
         return _refuse
     found: Any = getattr(_library, name)
     found.argtypes = [_TYPES[a] for a in arguments]
-    found.restype = None
+    found.restype = ctypes.c_int64
     return found  # type: ignore[no-any-return]
 
 
-def _refuse(*_arguments: Any) -> None:
+def _refuse(*_arguments: Any) -> int:
     raise RuntimeError(str(MISSING))  # why_not has said so already
 
 

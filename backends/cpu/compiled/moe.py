@@ -59,9 +59,7 @@ def _why_not_dispatch(
     group: Group,
     fp8: bool,
 ) -> str | None:
-    if group.size > 1 or fp8:
-        return "rows travel to other ranks"
-    return why_not(x)
+    return why_not(x) or ("rows travel to other ranks" if group.size > 1 or fp8 else None)
 
 
 @moe_dispatch.kernel("cpu", provider="c++", why_not=_why_not_dispatch)
@@ -88,7 +86,7 @@ def moe_dispatch_compiled(
 def _why_not_combine(
     rows: torch.Tensor, source: torch.Tensor, topk: int, tokens_per_rank: torch.Tensor, group: Group
 ) -> str | None:
-    return "rows travel to other ranks" if group.size > 1 else why_not(rows)
+    return why_not(rows) or ("rows travel to other ranks" if group.size > 1 else None)
 
 
 @moe_combine.kernel("cpu", provider="c++", why_not=_why_not_combine)

@@ -1,9 +1,15 @@
 """Every CPU kernel against its reference, on every case."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from v4_ascend.backends import BACKENDS
+from v4_ascend.backends.cpu.compiled import library
 from v4_ascend.ops import OPS
 from v4_ascend.ops.check import assert_close
 from v4_ascend.runtime.verify import Selection, verify
@@ -38,5 +44,69 @@ def test_rows_nobody_sees_may_hold_anything():
     clean, dirty = op.inputs(case), op.inputs(case)
     dirty["indices"] = clean["indices"] = torch.full_like(clean["indices"], -1)
     dirty["compressed"].fill_(float("nan"))
-    (kernel,) = op.kernels["cpu"]
-    assert_close(kernel.fn(**dirty), op.reference(**clean), op.tolerance)
+    for kernel in op.kernels["cpu"]:
+        assert_close(kernel.fn(**dirty), op.reference(**clean), op.tolerance)
+
+
+def compiled(op):
+    return next(k for k in OPS[op].kernels["cpu"] if k.provider == "c++")
+
+
+def test_the_compiled_kernels_are_here_or_say_why_not():
+    if shutil.which("g++") or shutil.which("c++"):
+        assert library.MISSING is None
+    else:
+        assert "no C++ compiler" in library.MISSING
+
+
+NO_LIBRARY = """
+import importlib.util as u, sys
+find = u.find_spec
+u.find_spec = lambda name: None if name.endswith("._kernels") else find(name)
+from v4_ascend.cli import main
+sys.argv = ["v4-ascend", *sys.argv[1:]]
+main()
+"""
+
+
+def test_without_the_library_plain_kernels_run_and_the_reason_is_told():
+    command = [sys.executable, "-c", NO_LIBRARY, "verify", "--backend", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = [r for r in json.loads(done.stdout)["data"]["results"] if r["provider"] == "c++"]
+    assert told
+    assert {(r["outcome"], r["why"]) for r in told} == {("refused", told[0]["why"])}
+    assert "were not built" in told[0]["why"]
+
+
+@pytest.mark.parametrize("op", ["grouped_gemm", "sparse_attn", "index_select"])
+def test_the_number_of_threads_changes_no_bit(op):
+    """Each sum is one thread's, whole."""
+    kernel = compiled(op)
+    case = next(c for c in OPS[op].cases() if c.slow and not kernel.why_not(**OPS[op].inputs(c)))
+    before, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(kernel.fn(**OPS[op].inputs(case)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_what_is_no_number_stays_none_and_ends_nothing(n_tokens):
+    case = next(c for c in OPS["index_select"].cases() if c.id.startswith("fp32-edges"))
+    inputs = OPS["index_select"].inputs(case)
+    inputs["q"].fill_(float("nan"))
+    ids = compiled("index_select").fn(**inputs)
+    assert bool((ids >= -1).all())
+    x = torch.full((n_tokens, 33), float("nan"))
+    assert bool(compiled("rms_norm").fn(x, torch.ones(33), 1e-6).isnan().all())
+    x = x.bfloat16()
+    assert bool(compiled("rms_norm").fn(x, torch.ones(33), 1e-6).isnan().all())
+    _, chosen = compiled("topk_gate").fn(
+        torch.full((n_tokens, 9), float("nan")), torch.ones(9), 3, 1.5
+    )
+    assert bool(((chosen >= 0) & (chosen < 9)).all())

@@ -292,11 +292,13 @@ void index_select(const void* q, const void* weights, const void* storage, const
 
 // Pool the groups that a step completes into `pooled`, packed by request, and carry what later
 // steps need in `state`, K | Z of token t in row t % state_rows. `score` comes without `ape`.
-void compress_kv(const float* kv, float* score, const float* ape, float* state,
+// Return how many rows there are.
+int64_t compress_kv(const float* kv, float* score, const float* ape, float* state,
                  const int64_t* state_slots, const int32_t* seq_lens, const int32_t* cu_seqlens,
                  int64_t batch, int64_t ratio, int64_t head_dim, int64_t width, int64_t state_rows,
                  float* pooled) {
   std::vector<Part> parts;
+  const float* first = pooled;
   for (int64_t request = 0; request < batch; request++) {
     Span s = span_of(seq_lens, cu_seqlens, request);
     float* own = state + state_slots[request] * state_rows * 2 * width;
@@ -326,5 +328,6 @@ void compress_kv(const float* kv, float* score, const float* ape, float* state,
       std::copy_n(score + t * width, width, to + width);
     }
   }
+  return (pooled - first) / head_dim;
 }
 }

@@ -104,28 +104,43 @@ CLONES void posts(const T* x, const T* residual, const float* post, const float*
 
 extern "C" {
 
-int64_t max_hc() { return MAX_HC; }
-
-void hc_logits(const void* x, const float* fn, float* out, int64_t tokens, int64_t n_out, int64_t n,
-               float eps, int64_t is_bf16) {
-  parallel(tokens, n_out * n, [=](int64_t begin, int64_t end) {
+// With `fn` the logits are computed here, else they are given.
+void hc_pre(const void* x, const float* fn, float* logits, const float* scale, const float* base,
+            void* y, float* post, float* comb, int64_t tokens, int64_t hc, int64_t dim,
+            int64_t iters, float norm_eps, float hc_eps, int64_t is_bf16) {
+  int64_t n_out = hc * (2 + hc);
+  auto run = [=](auto element, int64_t begin, int64_t end) {
+    using T = decltype(element);
+    const T* streams = (const T*)x;
+    if (fn) mixing_logits(streams, fn, logits, begin, end, n_out, hc * dim, norm_eps);
+    splits(streams, logits, scale, base, (T*)y, post, comb, begin, end, hc, dim, iters, hc_eps);
+  };
+  parallel(tokens, n_out * hc * dim, [=](int64_t begin, int64_t end) {
     if (is_bf16)
-      mixing_logits((const bf16*)x, fn, out, begin, end, n_out, n, eps);
+      run(bf16{}, begin, end);
     else
-      mixing_logits((const float*)x, fn, out, begin, end, n_out, n, eps);
+      run(float{}, begin, end);
   });
 }
 
-void hc_pre(const void* x, const float* logits, const float* scale, const float* base, void* y,
-            float* post, float* comb, int64_t tokens, int64_t hc, int64_t dim, int64_t iters,
-            float eps, int64_t is_bf16) {
-  parallel(tokens, hc * dim, [=](int64_t begin, int64_t end) {
+void hc_head(const void* x, const float* fn, const float* scale, const float* base, void* y,
+             int64_t tokens, int64_t hc, int64_t dim, float norm_eps, float hc_eps,
+             int64_t is_bf16) {
+  auto run = [=](auto element, int64_t begin, int64_t end) {
+    using T = decltype(element);
+    const T* streams = (const T*)x;
+    for (int64_t t = begin; t < end; t++) {
+      float factor[MAX_HC];
+      mixing_logits(streams + t * hc * dim, fn, factor, 0, 1, hc, hc * dim, norm_eps);
+      for (int64_t k = 0; k < hc; k++) factor[k] = sigmoid(factor[k] * *scale + base[k]) + hc_eps;
+      mix(streams + t * hc * dim, factor, hc, dim, (T*)y + t * dim);
+    }
+  };
+  parallel(tokens, hc * hc * dim, [=](int64_t begin, int64_t end) {
     if (is_bf16)
-      splits((const bf16*)x, logits, scale, base, (bf16*)y, post, comb, begin, end, hc, dim, iters,
-             eps);
+      run(bf16{}, begin, end);
     else
-      splits((const float*)x, logits, scale, base, (float*)y, post, comb, begin, end, hc, dim,
-             iters, eps);
+      run(float{}, begin, end);
   });
 }
 

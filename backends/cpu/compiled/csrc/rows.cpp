@@ -44,20 +44,15 @@ INLINE f32x16 silu(f32x16 g) {
 template <typename T>
 INLINE void activate(const T* x, int64_t n, float limit, float weight, T* out) {
   f32x16 most = splat(limit);
-  for (int64_t i = 0; i < n; i += LANES) {
-    float gate[LANES] = {}, up[LANES] = {}, y[LANES];
-    int64_t here = std::min(LANES, n - i);
-    for (int64_t j = 0; j < here; j++) {
-      gate[j] = get(x + i + j);
-      up[j] = get(x + n + i + j);
-    }
-    f32x16 g = load(gate), u = load(up);
+  auto product = [=](f32x16 g, f32x16 u) __attribute__((always_inline)) {
     g = g > most ? most : g;
     u = u > most ? most : u;
     u = u < -most ? -most : u;
-    store(y, silu(g) * u * weight);
-    for (int64_t j = 0; j < here; j++) put(out + i + j, y[j]);
-  }
+    return silu(g) * u * weight;
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, product(load(x + i), load(x + n + i)));
+  for (; i < n; i++) put(out + i, product(splat(get(x + i)), splat(get(x + n + i)))[0]);
 }
 
 template <typename T>
