@@ -29,7 +29,7 @@ KINDS = {"greedy": 50, "sampled": 15, "leaves": 15, "malformed": 12, "too large"
 SETTINGS = {
     "name": "soak",
     "serve.concurrency": 16,
-    "serve.cache_tokens": 2400,  # two requests of the full length
+    "serve.cache_tokens": 1280,  # one request of the full length, and no more
     "serve.n_draft_tokens": 1,
     "serve.max_body_bytes": 60_000,
 }

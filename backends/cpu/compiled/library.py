@@ -21,10 +21,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     spec = find_spec(NAME)
     if spec is None or spec.origin is None:
-        return (
-            None,
-            "the compiled kernels were not built: no C++ compiler when v4-ascend was installed",
-        )
+        return None, "the compiled kernels were not built: v4-ascend was installed without g++"
     try:
         return ctypes.CDLL(spec.origin), None
     except OSError as e:
@@ -44,7 +41,7 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     found: Any = getattr(_library, name)
     found.argtypes = [_TYPES[a] for a in arguments]
     found.restype = ctypes.c_int64
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _refuse(*_arguments: Any) -> int:
