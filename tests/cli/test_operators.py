@@ -45,14 +45,14 @@ def test_ops_says_what_is_wrong_with_a_question():
 
 
 def test_verify_passes_on_the_cpu_and_writes_reports(tmp_path):
-    done = _run("verify", "--backend", "cpu", "--op", "rope", "--report", tmp_path / "r")
+    done = _run("verify", "--backend", "cpu", "--op", "hadamard", "--report", tmp_path / "r")
     assert done.exit_code == 0
-    assert "6 passed, 0 failed, 0 refused" in done.stdout
+    assert "8 passed, 0 failed, 0 refused" in done.stdout
     report = json.loads((tmp_path / "r" / "report.json").read_text())
-    assert report["counts"] == {"passed": 6}
+    assert report["counts"] == {"passed": 8}
     assert {r["proof"] for r in report["results"]} == {"executed"}
     suite = ElementTree.parse(tmp_path / "r" / "junit.xml").getroot()
-    assert (suite.get("tests"), suite.get("failures")) == ("6", "0")
+    assert (suite.get("tests"), suite.get("failures")) == ("8", "0")
     page = (tmp_path / "r" / "index.html").read_text()
     assert "<script src" not in page
     assert "http" not in page
@@ -91,6 +91,9 @@ def test_verify_refuses_what_selects_nothing(tmp_path):
 
 
 def test_verify_that_only_saw_refusals_verified_nothing(wrong_swiglu, monkeypatch):
-    monkeypatch.setattr("v4_ascend.runtime.verify._kernels", lambda op, backend: op.tried("cpu"))
+    def refused(op, backend):
+        return [k for k in op.tried("cpu") if k.provider != "c++"]
+
+    monkeypatch.setattr("v4_ascend.runtime.verify._kernels", refused)
     done = _run("verify", "--backend", "cpu", "--op", "swiglu", "--case", "bfloat16-1x8")
     assert isinstance(done.exception, ParityError)

@@ -84,14 +84,20 @@ def test_it_runs_nothing_but_itself(served):
     assert re.findall(r"innerHTML|outerHTML|https?:|localStorage|cookie", answer.text) == []
 
 
+def endless(route):
+    """A random model may end by itself before anything is seen of it."""
+    route.continue_(post_data=route.request.post_data_json | {"ignore_eos": True})
+
+
 def test_an_answer_streams_with_its_figures_and_the_rank_moves(page):
-    answer = say(page, "hi", key=KEY, most="40", effort="high")
+    page.route("**/v1/chat/completions", endless)
+    answer = say(page, "hi", key=KEY, most="600", effort="high")
     expect(answer.locator(".reasoning")).not_to_be_empty(timeout=20_000)
     figures = answer.locator(".figures")
     expect(figures).to_contain_text(re.compile(r"about [\d.]+ tokens/s"))
     expect(page.locator("#running")).to_have_text("1")
     expect(figures).to_have_text(
-        re.compile(r"^first token after \d+ ms · [\d.]+ tokens/s · 40 tokens · cut off")
+        re.compile(r"^first token after \d+ ms · [\d.]+ tokens/s · 600 tokens · cut off")
     )
     expect(answer.locator(".text")).to_be_empty()  # it was still thinking
     expect(answer).to_have_attribute("aria-busy", "false")
@@ -104,10 +110,6 @@ def test_an_answer_streams_with_its_figures_and_the_rank_moves(page):
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
 def test_an_answer_can_be_stopped_and_its_slot_is_free(page, how):
-    def endless(route):
-        """A random model may end by itself before anybody can stop it."""
-        route.continue_(post_data=route.request.post_data_json | {"ignore_eos": True})
-
     page.route("**/v1/chat/completions", endless)
     answer = say(page, "hi", key=KEY, most="900")
     expect(answer.locator(".text")).not_to_be_empty(timeout=20_000)
