@@ -9,8 +9,9 @@ from v4_ascend.cli.app import app
 DOC = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """# Every command and option
 
-Generated from the app itself. `v4-ascend COMMAND -h` prints the same. What a command reports goes to stdout, what it
-says meanwhile to stderr; with `--json` stdout is one object, `{"version": 1, "status", "data", "diagnostics"}`.
+Generated from the app itself. `v4-ascend COMMAND -h` prints the same. What a command reports goes
+to stdout, what it says meanwhile to stderr; with `--json` stdout is one object, `{"version": 1,
+"status", "data", "diagnostics"}`.
 
 | exit code | means |
 |---|---|

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from v4_ascend.backends.cpu.compiled.attention import masked_softmax
+from v4_ascend.backends.cpu.compiled.library import MISSING
 from v4_ascend.ops import sparse_attn
 from v4_ascend.ops.ragged import Span, spans
 from v4_ascend.ops.records import load_rows
@@ -123,8 +125,12 @@ def _attend(
 ) -> torch.Tensor:
     n_tokens, n_heads, head_dim = q.shape
     wide = rows.float()
-    hidden = torch.where(is_visible, 0.0, float("-inf")).unsqueeze(1)
     scores = (q.reshape(-1, head_dim).float() @ wide.T).view(n_tokens, n_heads, -1)
+    if MISSING is None:
+        total = masked_softmax(scores, is_visible, sink, softmax_scale, q.dtype).unsqueeze(-1)
+        o = scores.view(-1, len(rows)) @ wide
+        return (o.view(n_tokens, n_heads, head_dim) / total).to(q.dtype)
+    hidden = torch.where(is_visible, 0.0, float("-inf")).unsqueeze(1)
     scores.mul_(softmax_scale).add_(hidden)
     top = scores.amax(-1, keepdim=True)
     p = scores.sub_(top).exp_()

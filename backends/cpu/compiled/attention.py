@@ -19,6 +19,7 @@ from v4_ascend.ops import compress_kv, index_select, sparse_attn
 _sparse_attn = function("sparse_attn", "pppiippiipippipfiipiiii")
 _index_select = function("index_select", "ppppiippiiiiipi")
 _compress_kv = function("compress_kv", "pppppppiiiiip")
+_masked_softmax = function("masked_softmax", "pppfiiipi")
 DECODED = 2  # tokens a sequence brings while it decodes, its draft among them
 
 
@@ -77,6 +78,24 @@ def sparse_attn_gathered(
         *(q.shape[1], q.shape[2], is_bf16(q), is_bf16(window)),
     )
     return out
+
+
+def masked_softmax(
+    scores: torch.Tensor,
+    is_visible: torch.Tensor,
+    sink: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Make scores [n_tokens, n_heads, n_rows] probabilities in place, rounded to `dtype`.
+
+    Return what divides their sums, [n_tokens, n_heads]. Each token sees at least one row.
+    """
+    divisor, mask = torch.empty(scores.shape[:2]), is_visible.contiguous()
+    arrays = map(pointer, (scores, mask, sink))
+    sizes = (*scores.shape, pointer(divisor), dtype == torch.bfloat16)
+    _masked_softmax(*arrays, scale, *sizes)
+    return divisor
 
 
 def _why_not_select(

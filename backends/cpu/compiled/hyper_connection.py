@@ -51,8 +51,7 @@ def hc_pre_compiled(
     if n <= FEW:
         logits = torch.empty(n, len(fn))
     else:
-        flat = x.flatten(1).float()
-        logits = F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+        logits = F.linear(x.flatten(1).float(), fn)
     y, post, comb = torch.empty(n, dim, dtype=x.dtype), torch.empty(n, hc), torch.empty(n, hc, hc)
     own_fn = pointer(fn) if n <= FEW else None
     arrays = map(pointer, (logits, scale, base, y, post, comb))

@@ -69,9 +69,17 @@ struct Attention {
 // Turn scores into probabilities, each rounded as Q stores it; return what their sum divides by.
 template <typename Q>
 INLINE float softmax(float* score, int64_t n, float scale, float sink) {
-  float top = -INFINITY, total = 0.0f;
-  for (int64_t i = 0; i < n; i++) top = std::max(top, score[i] *= scale);
+  f32x16 tops = splat(-INFINITY);
   int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    f32x16 s = load(score + i) * scale;
+    tops = s > tops ? s : tops;
+    store(score + i, s);
+  }
+  float top = -INFINITY, total = 0.0f;
+  for (int64_t j = 0; j < LANES; j++) top = std::max(top, tops[j]);
+  for (; i < n; i++) top = std::max(top, score[i] *= scale);
+  i = 0;
   f32x16 sums = {};
   for (; i + LANES <= n; i += LANES) {
     f32x16 p = exp_of_negative(load(score + i) - top);
@@ -154,6 +162,19 @@ void sparse_attention(const Attention<T>& a, const std::vector<Token>& tokens, c
   parallel(int64_t(tokens.size()) * groups, cost, [&](int64_t begin, int64_t end) {
     attend_all(a, tokens, (const Q*)q, (Q*)out, begin, end);
   });
+}
+
+// Rows of scores [n_tokens, heads, n], of which a token sees those its mask names.
+template <typename Q>
+CLONES void masked_softmaxes(float* scores, const uint8_t* is_visible, const float* sink,
+                             float scale, int64_t heads, int64_t n, float* divisor, int64_t begin,
+                             int64_t end) {
+  for (int64_t r = begin; r < end; r++) {
+    float* score = scores + r * n;
+    const uint8_t* sees = is_visible + r / heads * n;
+    for (int64_t i = 0; i < n; i++) score[i] = sees[i] ? score[i] : -INFINITY;
+    divisor[r] = softmax<Q>(score, n, scale, sink[r % heads]);
+  }
 }
 
 // sum_h relu(q_h . k) w_h of one row; every step is rounded as Q stores it.
@@ -275,6 +296,17 @@ void sparse_attn(const void* q, const void* window, const int32_t* window_table,
     run(bf16{});
   else
     run(float{});
+}
+
+// Make probabilities of the scores of the rows that each token sees, in place.
+void masked_softmax(float* scores, const uint8_t* is_visible, const float* sink, float scale,
+                    int64_t tokens, int64_t heads, int64_t n, float* divisor, int64_t q_is_bf16) {
+  parallel(tokens * heads, 8 * n, [=](int64_t begin, int64_t end) {
+    if (q_is_bf16)
+      masked_softmaxes<bf16>(scores, is_visible, sink, scale, heads, n, divisor, begin, end);
+    else
+      masked_softmaxes<float>(scores, is_visible, sink, scale, heads, n, divisor, begin, end);
+  });
 }
 
 void index_select(const void* q, const void* weights, const void* storage, const int32_t* table,

@@ -46,7 +46,8 @@ INLINE void mix(const T* rows, const float* factor, int64_t hc, int64_t dim, T* 
   }
 }
 
-// Products of each token's streams with `fn`, divided by the streams' root mean square.
+// Products of each token's streams with `fn`, or those that are there already without it, divided by
+// the streams' root mean square.
 template <typename T>
 CLONES void mixing_logits(const T* x, const float* fn, float* out, int64_t begin, int64_t end,
                           int64_t n_out, int64_t n, float eps) {
@@ -54,7 +55,10 @@ CLONES void mixing_logits(const T* x, const float* fn, float* out, int64_t begin
   for (int64_t t = begin; t < end; t++) {
     widen(x + t * n, n, wide.data());
     float scale = 1.0f / std::sqrt(dot(wide.data(), wide.data(), n) / float(n) + eps);
-    for (int64_t r = 0; r < n_out; r++) out[t * n_out + r] = dot(wide.data(), fn + r * n, n) * scale;
+    for (int64_t r = 0; r < n_out; r++) {
+      float product = fn ? dot(wide.data(), fn + r * n, n) : out[t * n_out + r];
+      out[t * n_out + r] = product * scale;
+    }
   }
 }
 
@@ -104,7 +108,7 @@ CLONES void posts(const T* x, const T* residual, const float* post, const float*
 
 extern "C" {
 
-// With `fn` the logits are computed here, else they are given.
+// With `fn` the products are computed here, else `logits` has them.
 void hc_pre(const void* x, const float* fn, float* logits, const float* scale, const float* base,
             void* y, float* post, float* comb, int64_t tokens, int64_t hc, int64_t dim,
             int64_t iters, float norm_eps, float hc_eps, int64_t is_bf16) {
@@ -112,7 +116,7 @@ void hc_pre(const void* x, const float* fn, float* logits, const float* scale, c
   auto run = [=](auto element, int64_t begin, int64_t end) {
     using T = decltype(element);
     const T* streams = (const T*)x;
-    if (fn) mixing_logits(streams, fn, logits, begin, end, n_out, hc * dim, norm_eps);
+    mixing_logits(streams, fn, logits, begin, end, n_out, hc * dim, norm_eps);
     splits(streams, logits, scale, base, (T*)y, post, comb, begin, end, hc, dim, iters, hc_eps);
   };
   parallel(tokens, n_out * hc * dim, [=](int64_t begin, int64_t end) {
