@@ -4,4 +4,5 @@ from v4_ascend.backends.cpu.compiled import attention as attention
 from v4_ascend.backends.cpu.compiled import gemm as gemm
 from v4_ascend.backends.cpu.compiled import hyper_connection as hyper_connection
 from v4_ascend.backends.cpu.compiled import moe as moe
+from v4_ascend.backends.cpu.compiled import quant as quant
 from v4_ascend.backends.cpu.compiled import rows as rows

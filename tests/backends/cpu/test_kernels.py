@@ -110,3 +110,15 @@ def test_what_is_no_number_stays_none_and_ends_nothing(n_tokens):
         torch.full((n_tokens, 9), float("nan")), torch.ones(9), 3, 1.5
     )
     assert bool(((chosen >= 0) & (chosen < 9)).all())
+
+
+@pytest.mark.parametrize(("name", "group"), [("act_quant", 128), ("fp4_act_quant", 32)])
+def test_every_bf16_value_is_rounded_as_the_reference_rounds_it(name, group):
+    x = torch.arange(65536).to(torch.uint16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    x = x[: len(x) // group * group].view(1, -1)
+    for rows in (x, x.float() * 1.0625):  # and between them, where ties are
+        ours, theirs = compiled(name).fn(rows, group), OPS[name].reference(rows, group)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))

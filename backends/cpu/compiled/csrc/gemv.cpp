@@ -17,17 +17,10 @@ struct Plain {
   }
 };
 
-INLINE float power_of_two(uint8_t e8m0) {
-  uint32_t bits = e8m0 == 0 ? 0x00400000u : e8m0 == 255 ? 0x7FC00000u : uint32_t(e8m0) << 23;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 INLINE f32x16 from_e4m3(const uint8_t* p) {
   u8x16 bytes;
   memcpy(&bytes, p, sizeof bytes);
-  u32x16 b = __builtin_convertvector(bytes, u32x16);
+  u32x16 b = widen(bytes);
   u32x16 sign = (b & 0x80) << 24, magnitude = b & 0x7F;
   f32x16 normal = (f32x16)((magnitude << 20) + (120u << 23));
   f32x16 subnormal = __builtin_convertvector((i32x16)magnitude, f32x16) * 0x1p-9f;
@@ -81,8 +74,7 @@ struct FP4 {
       memcpy(&bytes, row + 16 * g, sizeof bytes);
       i8x16 low = __builtin_shuffle(doubled, (i8x16)(bytes & 15));
       i8x16 high = __builtin_shuffle(doubled, (i8x16)(bytes >> 4));
-      f32x16 even = __builtin_convertvector(low, f32x16);
-      f32x16 odd = __builtin_convertvector(high, f32x16);
+      f32x16 even = widen(low), odd = widen(high);
       float s = power_of_two(scale[g]) * 0.5f;
       for (int m = 0; m < M; m++) {
         const float* own = x + m * w.k + LANES * g;

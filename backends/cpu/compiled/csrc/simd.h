@@ -23,6 +23,7 @@ constexpr int64_t LANES = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
@@ -32,6 +33,16 @@ struct bf16 {
 };
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
+
+// In steps of twice the width, which compilers have instructions for.
+INLINE u32x16 widen(u8x16 v) {
+  return __builtin_convertvector(__builtin_convertvector(v, u16x16), u32x16);
+}
+
+INLINE f32x16 widen(i8x16 v) {
+  i16x16 wide = __builtin_convertvector(v, i16x16);
+  return __builtin_convertvector(__builtin_convertvector(wide, i32x16), f32x16);
+}
 
 INLINE f32x16 load(const float* p) {
   f32x16 v;
@@ -139,6 +150,14 @@ INLINE f32x16 exp_of_negative(f32x16 x) {
   p = p * r * r + r + 1.0f;
   f32x16 y = (f32x16)((i32x16)p + exponent);
   return (f32x16)((i32x16)y & ~(i32x16)is_small);
+}
+
+// An E8M0 byte: 0xFF is NaN, 0 is 2^-127, a subnormal float.
+INLINE float power_of_two(uint8_t e8m0) {
+  uint32_t bits = e8m0 == 0 ? 0x00400000u : e8m0 == 255 ? 0x7FC00000u : uint32_t(e8m0) << 23;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // Call f(begin, end) for parts of [0, n), on several threads if `n * cost` operations are worth it.

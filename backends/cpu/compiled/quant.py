@@ -1,0 +1,41 @@
+"""Quantised activations, compiled: each group is read twice, the second time from the cache."""
+
+from __future__ import annotations
+
+import torch
+
+from v4_ascend.backends.cpu.compiled.library import function, is_bf16, pointer, why_not
+from v4_ascend.ops import act_quant, fp4_act_quant
+from v4_ascend.ops.formats import E8M0, FP8
+
+_act_quant = function("act_quant", "pppiii")
+_fp4_act_quant = function("fp4_act_quant", "pppiii")
+LANES = 16  # channels that csrc/quant.cpp takes at once
+
+
+def _why_not(x: torch.Tensor, group_size: int) -> str | None:
+    if group_size % LANES or x.shape[-1] % group_size:
+        return f"groups of {group_size} in rows of {x.shape[-1]}"
+    return why_not(x)
+
+
+@act_quant.kernel("cpu", provider="c++", why_not=_why_not)
+def act_quant_compiled(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round by bits, as the reference's conversion does."""
+    x = x.contiguous()
+    values = torch.empty(x.shape, dtype=FP8)
+    scale = torch.empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=E8M0)
+    arrays = map(pointer, (x, values, scale))
+    _act_quant(*arrays, scale.numel(), group_size, is_bf16(x))
+    return values, scale
+
+
+@fp4_act_quant.kernel("cpu", provider="c++", why_not=_why_not)
+def fp4_act_quant_compiled(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare with the midpoints between codes."""
+    x = x.contiguous()
+    packed = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.int8)
+    scale = torch.empty((*x.shape[:-1], x.shape[-1] // group_size), dtype=E8M0)
+    arrays = map(pointer, (x, packed, scale))
+    _fp4_act_quant(*arrays, scale.numel(), group_size, is_bf16(x))
+    return packed, scale
