@@ -12,6 +12,7 @@ V4AscendError                1  the work failed
   PlanError                  3  it does not fit, or no layout is legal
   BackendUnavailableError    4  the device or its library is not on this machine
   PortInUseError             4  the port we were asked to listen on is taken
+  PreflightError             4  a host is not fit for what is asked of it
   ParityError                5  two sides disagree
   DeployError                6  a deployment failed to start or died
   DeadlineError              7  something did not happen in time
@@ -111,6 +112,12 @@ class BackendUnavailableError(V4AscendError):
 
 class PortInUseError(V4AscendError):
     """The port we were asked to listen on is taken."""
+
+    exit_code = 4
+
+
+class PreflightError(V4AscendError):
+    """A host is not fit for what is asked of it: the message has the cause and the next step."""
 
     exit_code = 4
 

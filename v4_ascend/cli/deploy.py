@@ -33,6 +33,9 @@ def deploy_command(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="seconds that running requests have to end when stopped")
     ] = 30.0,
+    skip_preflight: Annotated[
+        bool, typer.Option("--skip-preflight", help="do not look at the hosts first")
+    ] = False,
     emulate: Annotated[
         int | None, typer.Option(help="run its layout here, on as many processes, tiny model")
     ] = None,
@@ -71,10 +74,11 @@ def deploy_command(
         return
     if detach:
         options = {"--timeout": timeout, "--drain-timeout": drain_timeout, "--emulate": emulate}
-        _detach(topology, overrides, plan.name, options)
+        _detach(topology, overrides, plan.name, options, ["--skip-preflight"] * skip_preflight)
         return
     from v4_ascend.backends import find_backend
     from v4_ascend.deploy.deployment import Deployment
+    from v4_ascend.deploy.doctor.preflight import require_fit
 
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
@@ -82,6 +86,10 @@ def deploy_command(
     def report(line: str) -> None:
         typer.echo(f"{plan.name}: {line}", err=True)
 
+    if skip_preflight:
+        report("preflight skipped: versions, devices, network, clocks, memory, disks, checkpoints")
+    else:
+        require_fit(wanted, f"v4-ascend doctor --topology {topology}")
     Deployment(plan, report, drain_timeout).run(timeout)
 
 
@@ -113,7 +121,11 @@ def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
 
 
 def _detach(
-    topology: str, overrides: list[str], name: str, options: dict[str, float | None]
+    topology: str,
+    overrides: list[str],
+    name: str,
+    options: dict[str, float | None],
+    flags: list[str],
 ) -> None:
     """Start ourselves in a session of our own and follow until ready or ended."""
     import subprocess
@@ -129,6 +141,7 @@ def _detach(
     command += [a for o in overrides for a in ("--set", o)]
     for option, value in options.items():
         command += [option, str(value)] if value is not None else []
+    command += flags
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,

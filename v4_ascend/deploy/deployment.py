@@ -22,6 +22,7 @@ import msgspec
 
 from v4_ascend.deploy import agent
 from v4_ascend.deploy.port import require_free
+from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
 from v4_ascend.deploy.torchrun import Meeting, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
@@ -30,9 +31,6 @@ from v4_ascend.supernode.plan import Plan
 
 POLL_SECONDS = 0.1
 KILL_SECONDS = 5
-# The user's own ssh configuration holds; nothing is asked, and a host that is gone is noticed.
-SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
-       "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3", "--")  # fmt: skip
 Report = Callable[[str], None]
 
 

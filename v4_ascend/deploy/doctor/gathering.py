@@ -46,7 +46,9 @@ TOOLS = ("npu-smi", "hccn_tool", "nvidia-smi")
 LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC,
           "memlock": resource.RLIMIT_MEMLOCK}  # fmt: skip
 HCCN_TOOL = "/usr/local/Ascend/driver/tools/hccn_tool"
-GPU_QUERY = f"nvidia-smi --query-gpu={','.join(outputs.NVIDIA_FIELDS)} --format=csv,noheader,nounits"
+GPU_QUERY = (
+    f"nvidia-smi --query-gpu={','.join(outputs.NVIDIA_FIELDS)} --format=csv,noheader,nounits"
+)
 
 
 class Machine:
@@ -99,9 +101,13 @@ def gather(question: Question, machine: Machine | None = None) -> Facts:
     machine = machine or Machine(deadline)
     env = {k: v for k, v in os.environ.items() if k.startswith(ENV)} | question.env
     with ThreadPoolExecutor(8) as pool:
-        commands = pool.submit(_commands, machine, question.kind)
-        unreachable = dict(pool.map(_unreachable, question.peers))
-        probe = run_probe(question.probe, question.timeout_s) if question.probe else None
+        answers = pool.map(_unreachable, question.peers)
+        commands = _commands(machine, question.kind)
+        unreachable = dict(answers)
+    backend = question.probe
+    if backend == "auto":
+        backend = _backend(commands)
+    probe = run_probe(backend, deadline - time.monotonic()) if backend else None
     table = env.get("RANK_TABLE_FILE", "")
     paths = [*FILES, *_toolkit_files(env), *([table] if table else [])]
     return Facts(
@@ -109,7 +115,7 @@ def gather(question: Question, machine: Machine | None = None) -> Facts:
         python=platform.python_version(),
         machine=platform.machine(),
         kernel=platform.release(),
-        commands=commands.result(),
+        commands=commands,
         files={p: text for p in paths if (text := machine.read(p)) is not None},
         nodes=machine.nodes(),
         packages=_packages(),
@@ -151,6 +157,13 @@ def _commands(machine: Machine, kind: str) -> dict[str, Output]:
     return found
 
 
+def _backend(commands: dict[str, Output]) -> str:
+    """Return the backend of the devices whose tool is there."""
+    if "npu-smi info" in commands:
+        return "ascend"
+    return "cuda" if GPU_QUERY in commands else "cpu"
+
+
 def _toolkit_files(env: dict[str, str]) -> list[str]:
     """Where CANN says its version: its set_env.sh names the folder, else the usual ones."""
     homes = [env["ASCEND_HOME_PATH"]] if "ASCEND_HOME_PATH" in env else list(TOOLKITS)
@@ -160,8 +173,8 @@ def _toolkit_files(env: dict[str, str]) -> list[str]:
 
 def _packages() -> dict[str, str]:
     wanted = {p.replace("_", "-").lower(): p for p in PACKAGES}
-    found = {}
-    for d in distributions(name=None):
+    found: dict[str, str] = {}
+    for d in distributions():
         name = (d.name or "").replace("_", "-").lower()
         if name in wanted:
             found.setdefault(wanted[name], d.version)

@@ -60,23 +60,41 @@ def tried(host: Host) -> Iterator[Finding]:
     again = f"v4-ascend verify --backend {probe.backend}"
     if probe.problem:
         where = f"operator {probe.at} " if probe.at else "the operators' process "
-        yield host.says("blocker", "operators.run", f"{probe.backend}: {where}{probe.problem}",
-                        value=probe.at, expected="an answer",
-                        next_step=f"{again} --op {probe.at}" if probe.at else again)  # fmt: skip
+        yield host.says(
+            "blocker",
+            "operators.run",
+            f"{probe.backend}: {where}{probe.problem}",
+            value=probe.at,
+            expected="an answer",
+            next_step=f"{again} --op {probe.at}" if probe.at else again,
+        )
     for r in probe.results:
         what = f"{probe.backend}: {r.op} {r.outcome}: {r.why}"
         if r.outcome == "failed":
-            yield host.says("blocker", "operators.answers", what, value=r.op,
-                            expected="the reference's answer within its tolerance",
-                            next_step=f"{again} --op {r.op}")  # fmt: skip
+            yield host.says(
+                "blocker",
+                "operators.answers",
+                what,
+                value=r.op,
+                expected="the reference's answer within its tolerance",
+                next_step=f"{again} --op {r.op}",
+            )
         elif r.outcome != "passed":
-            yield host.says("warning", "operators.kernels", what, value=r.op,
-                            expected="a kernel, or runtime.fallback: reference",
-                            next_step=f"v4-ascend ops --backend {probe.backend}")  # fmt: skip
+            yield host.says(
+                "warning",
+                "operators.kernels",
+                what,
+                value=r.op,
+                expected="a kernel, or runtime.fallback: reference",
+                next_step=f"v4-ascend ops --backend {probe.backend}",
+            )
     passed = sum(r.outcome == "passed" for r in probe.results)
     if passed:
-        yield host.says("ok", "operators.answers",
-                        f"{passed} operators of {probe.backend} answer as the references do")  # fmt: skip
+        yield host.says(
+            "ok",
+            "operators.answers",
+            f"{passed} operators of {probe.backend} answer as the references do",
+        )
 
 
 CHECKS = (tried,)

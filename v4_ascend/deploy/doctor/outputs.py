@@ -15,9 +15,7 @@ from dataclasses import dataclass
 _NPU = re.compile(r"\|\s*(\d+)\s+\|?\s*((?:Ascend|910)\S*)\s*\|\s*(\S+)\s*\|")
 # The second line ends in HBM used and total, in MB; A3 adds the physical id after the chip.
 _CHIP = re.compile(r"\|\s*(\d*)\s*(\d*)\s*\|(?:\s*\|)?\s*(\S+)\s*\|.*?(\d+)\s*/\s*(\d+)\s*\|\s*$")
-_PROCESS = re.compile(
-    r"\|\s*(\d+)\s+(?:(\d+)\s+|)\|\s*(\d+)\s*\|\s*(\S+)\s*\|\s*(\d+)\s*\|\s*$"
-)
+_PROCESS = re.compile(r"\|\s*(\d+)\s+(?:(\d+)\s+|)\|\s*(\d+)\s*\|\s*(\S+)\s*\|\s*(\d+)\s*\|\s*$")
 NVIDIA_FIELDS = ("index", "name", "driver_version", "memory.total", "memory.used",
                  "ecc.errors.uncorrected.volatile.total")  # fmt: skip
 

@@ -7,7 +7,6 @@ tiny widths; Flash's are tried then.
 from __future__ import annotations
 
 import sys
-from typing import cast
 
 import msgspec
 
@@ -34,9 +33,10 @@ def _try(backend: Backend, op: str) -> Probed:
     if op in backend.missing:
         return Probed(op, "missing", backend.missing[op])
     refused = "it has no case of these shapes"
+    shapes: Shapes
     for shapes in ("tiny", "flash"):
-        for case in Selection(op, None, cast(Shapes, shapes)).cases(OPS[op]):
-            chosen = Selection(op, case.id, cast(Shapes, shapes))
+        for case in Selection(op, None, shapes).cases(OPS[op]):
+            chosen = Selection(op, case.id, shapes)
             results = list(verify(backend, chosen, lambda done, total: None))
             if failed := next((r for r in results if r.outcome == "failed"), None):
                 return Probed(op, "failed", _said(failed))

@@ -1,0 +1,189 @@
+"""Ask every host at once, and judge what they answer."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+
+from v4_ascend.config.devices import device_profile
+from v4_ascend.config.topology import Topology, is_remote
+from v4_ascend.deploy.agent import PASSED_ON
+from v4_ascend.deploy.doctor import (
+    devices,
+    hccl,
+    host_limits,
+    network,
+    operators,
+    software,
+    storage,
+)
+from v4_ascend.deploy.doctor.facts import Answer, Facts, Question
+from v4_ascend.deploy.doctor.finding import AcrossCheck, Check, Expected, Finding, Host
+from v4_ascend.deploy.doctor.gathering import gather
+from v4_ascend.deploy.ssh import SSH
+from v4_ascend.errors import ConfigError, PreflightError
+
+HERE = "this host"
+BACKENDS = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
+LEVELS = ("blocker", "warning", "hint", "ok", "not-applicable")
+MARGIN_S = 10.0  # of ssh, over what the host itself may take
+
+CHECKS: tuple[Check, ...] = (
+    *software.CHECKS,
+    *devices.CHECKS,
+    *network.CHECKS,
+    *hccl.CHECKS,
+    *host_limits.CHECKS,
+    *storage.CHECKS,
+    *operators.CHECKS,
+)
+ACROSS: tuple[AcrossCheck, ...] = (*software.ACROSS, *network.ACROSS, *storage.ACROSS)
+Ask = Callable[[Question], Answer]
+
+
+def expected_of(topology: Topology) -> Expected:
+    """Return what a topology needs of each of its hosts."""
+    profile = device_profile(topology.cluster.device, topology.where("cluster.device"))
+    sizes = {s.devices_per_host for s in topology.cluster.supernodes}
+    return Expected(
+        kind=profile.kind,
+        family=profile.family,
+        n_devices=max(sizes),
+        n_ranks=topology.cluster.n_devices,
+        n_hosts=sum(s.n_devices // s.devices_per_host for s in topology.cluster.supernodes),
+        memory_utilisation=topology.serve.memory_utilisation,
+        emulated=profile.emulated or topology.emulate,
+        engine=topology.engine,
+        has_topology=True,
+    )
+
+
+def questions_of(topology: Topology, timeout_s: float, *, probe: bool) -> list[Question]:
+    """Return what to ask each host; the first one is asked here.
+
+    Raises:
+        ConfigError: hosts without names cannot be asked.
+    """
+    nodes = topology.cluster.supernodes
+    n_hosts = sum(s.n_devices // s.devices_per_host for s in nodes)
+    named = [h for s in nodes for h in s.hosts or ()]
+    if len(named) < n_hosts and n_hosts > 1:
+        raise ConfigError(
+            topology.where("cluster.supernodes"),
+            f"cluster.supernodes: {n_hosts} hosts, {len(named)} with names; name all in hosts",
+        )
+    wanted = expected_of(topology)
+    path = topology.model.checkpoint
+    env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    backend = topology.runtime.backend
+    if backend == "auto":
+        backend = "cpu" if wanted.emulated else BACKENDS[wanted.kind]  # type: ignore[assignment]
+    return [
+        Question(
+            host=host,
+            kind="cpu" if wanted.emulated else wanted.kind,
+            peers=tuple(h for h in named if h != host),
+            ports=((topology.serve.host, topology.serve.port),) if i == 0 else (),
+            checkpoint=None if is_remote(path) else path,
+            compare=n_hosts > 1,
+            env=env if i else {},
+            probe=backend if probe else "",
+            timeout_s=timeout_s,
+        )
+        for i, host in enumerate(named or [HERE])
+    ]
+
+
+def ask_here(question: Question) -> Answer:
+    """Answer a question in this process."""
+    return Answer(question.host, gather(question))
+
+
+def ask_over_ssh(question: Question) -> Answer:
+    """Ask another host, by the user's own ssh configuration."""
+    remote = f"{shlex.quote(sys.executable)} -m v4_ascend.deploy.doctor.host"
+    sent = time.time()
+    try:
+        done = subprocess.run(
+            [*SSH, question.host, remote],
+            input=msgspec.json.encode(question) + b"\n",
+            capture_output=True,
+            timeout=question.timeout_s + MARGIN_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        return Answer(question.host, problem="ssh is not installed here")
+    except subprocess.TimeoutExpired as e:
+        return Answer(question.host, problem=f"no answer over ssh in {e.timeout:g} s")
+    got = time.time()
+    try:
+        facts = msgspec.json.decode(done.stdout, type=Facts)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        what = said[-1] if said else "nothing"
+        code = done.returncode
+        return Answer(question.host, problem=f"ssh ended with exit code {code}, saying: {what}")
+    # The clock was read between the two: only what lies outside of them is skew.
+    skew = max(facts.clock - got, 0.0) - max(sent - facts.clock, 0.0)
+    return Answer(question.host, facts, skew_s=skew)
+
+
+def ask_all(questions: Sequence[Question], remote: Ask = ask_over_ssh) -> list[Answer]:
+    """Ask the first host here and the others at once, in the questions' order."""
+    first, *others = questions
+    with ThreadPoolExecutor(max(len(others), 1)) as pool:
+        answers = [pool.submit(remote, q) for q in others]
+        return [ask_here(first), *(a.result() for a in answers)]
+
+
+def judge(answers: Sequence[Answer], expected: Expected) -> list[Finding]:
+    """Return what the checks find, the worst first."""
+    found = []
+    hosts = []
+    for a in answers:
+        if a.facts is None:
+            found.append(
+                Finding(
+                    "blocker",
+                    a.host,
+                    "network.ssh",
+                    f"it could not be asked: {a.problem}",
+                    a.problem,
+                    "facts as JSON",
+                    f"ssh -o BatchMode=yes {a.host} true",
+                    "deploy starts its ranks the same way",
+                )
+            )
+        else:
+            hosts.append(Host(a.host, a.facts, expected, a.skew_s))
+    found += [f for host in hosts for check in CHECKS for f in check(host)]
+    found += [f for across in ACROSS for f in across(hosts)]
+    return sorted(found, key=lambda f: LEVELS.index(f.level))
+
+
+def require_fit(topology: Topology, again: str) -> None:
+    """Refuse to deploy what a quick look already shows to fail; operators are not tried.
+
+    Raises:
+        PreflightError: with the first blocker, its next step, and how many more there are.
+    """
+    answers = ask_all(questions_of(topology, 20.0, probe=False))
+    blockers = [f for f in judge(answers, expected_of(topology)) if f.level == "blocker"]
+    if blockers:
+        raise PreflightError(refusal(blockers, again))
+
+
+def refusal(blockers: Sequence[Finding], again: str) -> str:
+    """Return the error's line: the first blocker, the next step, and where the rest is listed."""
+    first = blockers[0]
+    line = f"{first.host}: {first.what}"
+    line += f"; expected {first.expected}" if first.expected else ""
+    line += f"; next: {first.next_step}" if first.next_step else ""
+    return line + (f"; {len(blockers) - 1} more: {again}" if len(blockers) > 1 else "")
