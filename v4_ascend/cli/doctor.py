@@ -44,9 +44,9 @@ def doctor_command(
     if topology is not None:
         wanted = load_topology(topology, set_ or [])
         expected = expected_of(wanted)
-        questions = questions_of(wanted, timeout, probe=probe)
+        questions = questions_of(wanted, expected, timeout, probe=probe)
     else:
-        expected = Expected()
+        expected = {HERE: Expected()}
         questions = [Question(HERE, timeout_s=timeout, probe="auto" if probe else "")]
     found = judge(ask_all(questions), expected)
     blockers = [f for f in found if f.level == "blocker"]

@@ -16,7 +16,7 @@ class Question(msgspec.Struct, frozen=True):
         checkpoint: a folder, None where there is none to look at.
         compare: whether the checkpoint's headers are to be digested.
         env: settings of the deploying shell that its ranks will have.
-        probe: the backend whose operators are tried, ``auto`` for the devices found; empty for none.
+        probe: the backend whose operators are tried, empty for none, ``auto`` by the devices found.
         timeout_s: of the whole answer.
     """
 

@@ -40,6 +40,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 FILES = (
     *(DRIVER, INSTALL, "/etc/hccn.conf", "/etc/hccl_rootinfo.json", "/proc/meminfo"),
     *("/proc/sys/kernel/numa_balancing", "/proc/sys/vm/swappiness", *CGROUP_LIMITS),
+    *("/proc/sys/net/ipv4/ip_local_port_range", "/proc/sys/net/ipv4/ip_local_reserved_ports"),
     "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
 )
 TOOLS = ("npu-smi", "hccn_tool", "nvidia-smi")

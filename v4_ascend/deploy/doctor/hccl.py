@@ -9,6 +9,8 @@ from v4_ascend.deploy.doctor.finding import Finding, Host
 from v4_ascend.errors import RankTableError
 from v4_ascend.supernode.ranktable.file import parse_table
 
+PORT_RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
+RESERVED = "/proc/sys/net/ipv4/ip_local_reserved_ports"
 GUIDE = "HCCL user guide, environment variables"
 RANGES = {
     "HCCL_CONNECT_TIMEOUT": (120, 7200),
@@ -102,6 +104,25 @@ def addresses(host: Host) -> Iterator[Finding]:
             )
 
 
+def base_ports(host: Host) -> Iterator[Finding]:
+    """The ports HCCL listens on are not given to others by chance."""
+    base = host.facts.env.get("HCCL_IF_BASE_PORT", "60000")
+    given = host.facts.files.get(PORT_RANGE, "").split()
+    if host.kind != "npu" or len(given) != 2 or not base.isdigit():
+        return
+    is_given = int(given[0]) <= int(base) + 31 and int(base) <= int(given[1])
+    if is_given and not host.facts.files.get(RESERVED, "").strip():
+        yield host.says(
+            "hint",
+            "hccl.ports",
+            f"Linux may give HCCL's ports {base}-{int(base) + 31} to any process (EI0019)",
+            value=" ".join(given),
+            expected="them among the reserved ones",
+            next_step=f"sysctl -w net.ipv4.ip_local_reserved_ports={base}-{int(base) + 31}",
+            source=f"{GUIDE}: HCCL_IF_BASE_PORT",
+        )
+
+
 def visible(host: Host) -> Iterator[Finding]:
     """ASCEND_RT_VISIBLE_DEVICES leaves as many devices as are planned, and only real ones."""
     value = host.facts.env.get("ASCEND_RT_VISIBLE_DEVICES")
@@ -159,4 +180,4 @@ def rank_table(host: Host) -> Iterator[Finding]:
         yield host.says("ok", "hccl.rank-table", f"{path}: {n} ranks")
 
 
-CHECKS = (numbers, expansion, addresses, visible, rank_table)
+CHECKS = (numbers, expansion, addresses, base_ports, visible, rank_table)

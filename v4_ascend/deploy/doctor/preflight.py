@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -33,6 +33,7 @@ from v4_ascend.errors import ConfigError, PreflightError
 HERE = "this host"
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
 LEVELS = ("blocker", "warning", "hint", "ok", "not-applicable")
+QUICK_SECONDS = 20.0  # ours: npu-smi of 16 devices takes a few
 MARGIN_S = 10.0  # of ssh, over what the host itself may take
 
 CHECKS: tuple[Check, ...] = (
@@ -48,57 +49,61 @@ ACROSS: tuple[AcrossCheck, ...] = (*software.ACROSS, *network.ACROSS, *storage.A
 Ask = Callable[[Question], Answer]
 
 
-def expected_of(topology: Topology) -> Expected:
-    """Return what a topology needs of each of its hosts."""
-    profile = device_profile(topology.cluster.device, topology.where("cluster.device"))
-    sizes = {s.devices_per_host for s in topology.cluster.supernodes}
-    return Expected(
-        kind=profile.kind,
-        family=profile.family,
-        n_devices=max(sizes),
-        n_ranks=topology.cluster.n_devices,
-        n_hosts=sum(s.n_devices // s.devices_per_host for s in topology.cluster.supernodes),
-        memory_utilisation=topology.serve.memory_utilisation,
-        emulated=profile.emulated or topology.emulate,
-        engine=topology.engine,
-        has_topology=True,
-    )
-
-
-def questions_of(topology: Topology, timeout_s: float, *, probe: bool) -> list[Question]:
-    """Return what to ask each host; the first one is asked here.
+def expected_of(topology: Topology) -> dict[str, Expected]:
+    """Return what a topology needs of each of its hosts, in their order.
 
     Raises:
         ConfigError: hosts without names cannot be asked.
     """
-    nodes = topology.cluster.supernodes
-    n_hosts = sum(s.n_devices // s.devices_per_host for s in nodes)
-    named = [h for s in nodes for h in s.hosts or ()]
-    if len(named) < n_hosts and n_hosts > 1:
-        raise ConfigError(
-            topology.where("cluster.supernodes"),
-            f"cluster.supernodes: {n_hosts} hosts, {len(named)} with names; name all in hosts",
-        )
-    wanted = expected_of(topology)
-    path = topology.model.checkpoint
+    cluster, found = topology.cluster, {}
+    n_hosts = sum(s.n_devices // s.devices_per_host for s in cluster.supernodes)
+    for node in cluster.supernodes:
+        if node.hosts is None and n_hosts > 1:
+            raise ConfigError(
+                topology.where("cluster.supernodes"),
+                f"cluster.supernodes: {node.name} has host_count; doctor needs the names, in hosts",
+            )
+        pool = next((p for p in cluster.pools if node.name in p.supernodes), None)
+        device = pool.device if pool is not None and pool.device is not None else cluster.device
+        profile = device_profile(device, topology.where("cluster.device"))
+        for host in node.hosts or (HERE,):
+            found[host] = Expected(
+                kind=profile.kind,
+                family=profile.family,
+                n_devices=node.devices_per_host,
+                n_ranks=cluster.n_devices,
+                n_hosts=n_hosts,
+                memory_utilisation=topology.serve.memory_utilisation,
+                emulated=profile.emulated or topology.emulate,
+                engine=topology.engine,
+                has_topology=True,
+            )
+    return found
+
+
+def questions_of(
+    topology: Topology, expected: Mapping[str, Expected], timeout_s: float, *, probe: bool
+) -> list[Question]:
+    """Return what to ask each host; the first one is asked here."""
+    path, hosts = topology.model.checkpoint, list(expected)
     env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-    backend = topology.runtime.backend
-    if backend == "auto":
-        backend = "cpu" if wanted.emulated else BACKENDS[wanted.kind]  # type: ignore[assignment]
-    return [
-        Question(
+    questions = []
+    for i, (host, wanted) in enumerate(expected.items()):
+        kind = "cpu" if wanted.emulated else wanted.kind
+        backend = topology.runtime.backend
+        question = Question(
             host=host,
-            kind="cpu" if wanted.emulated else wanted.kind,
-            peers=tuple(h for h in named if h != host),
+            kind=kind,
+            peers=tuple(h for h in hosts if h != host),
             ports=((topology.serve.host, topology.serve.port),) if i == 0 else (),
             checkpoint=None if is_remote(path) else path,
-            compare=n_hosts > 1,
+            compare=len(hosts) > 1,
             env=env if i else {},
-            probe=backend if probe else "",
+            probe=(BACKENDS[kind] if backend == "auto" else backend) if probe else "",
             timeout_s=timeout_s,
         )
-        for i, host in enumerate(named or [HERE])
-    ]
+        questions.append(question)
+    return questions
 
 
 def ask_here(question: Question) -> Answer:
@@ -143,7 +148,7 @@ def ask_all(questions: Sequence[Question], remote: Ask = ask_over_ssh) -> list[A
         return [ask_here(first), *(a.result() for a in answers)]
 
 
-def judge(answers: Sequence[Answer], expected: Expected) -> list[Finding]:
+def judge(answers: Sequence[Answer], expected: Mapping[str, Expected]) -> list[Finding]:
     """Return what the checks find, the worst first."""
     found = []
     hosts = []
@@ -162,7 +167,7 @@ def judge(answers: Sequence[Answer], expected: Expected) -> list[Finding]:
                 )
             )
         else:
-            hosts.append(Host(a.host, a.facts, expected, a.skew_s))
+            hosts.append(Host(a.host, a.facts, expected[a.host], a.skew_s))
     found += [f for host in hosts for check in CHECKS for f in check(host)]
     found += [f for across in ACROSS for f in across(hosts)]
     return sorted(found, key=lambda f: LEVELS.index(f.level))
@@ -174,8 +179,9 @@ def require_fit(topology: Topology, again: str) -> None:
     Raises:
         PreflightError: with the first blocker, its next step, and how many more there are.
     """
-    answers = ask_all(questions_of(topology, 20.0, probe=False))
-    blockers = [f for f in judge(answers, expected_of(topology)) if f.level == "blocker"]
+    expected = expected_of(topology)
+    answers = ask_all(questions_of(topology, expected, QUICK_SECONDS, probe=False))
+    blockers = [f for f in judge(answers, expected) if f.level == "blocker"]
     if blockers:
         raise PreflightError(refusal(blockers, again))
 
