@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from v4_ascend.deploy.doctor.devices import family_of, npus_of
 from v4_ascend.deploy.doctor.finding import Finding, Host
-from v4_ascend.errors import RankTableError
+from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.ranktable.file import parse_table
 
 PORT_RANGE = "/proc/sys/net/ipv4/ip_local_port_range"
@@ -170,8 +170,8 @@ def rank_table(host: Host) -> Iterator[Finding]:
         return
     try:
         table = parse_table(text, path)
-    except RankTableError as e:
-        yield wrong(e.problems[0], "a table that keeps the rules")
+    except ConfigError as e:
+        yield wrong(str(e).splitlines()[0], "a table that keeps the rules")
         return
     n = sum(len(h.devices) for h in table.hosts)
     if host.expected.has_topology and n != host.expected.n_ranks:

@@ -120,28 +120,28 @@ def tls(hosts: Sequence[Host]) -> Iterator[Finding]:
     switches = {(h.name, c): s for h in hosts for c, s in tls_of(h).items()}
     if not switches:
         return
-    on = sorted({name for (name, _), s in switches.items() if s == "1"})
-    off = sorted({name for (name, _), s in switches.items() if s == "0"})
+    on = [who for who, switch in switches.items() if switch == "1"]
+    off = [who for who, switch in switches.items() if switch == "0"]
     if not on or not off:
-        yield Finding(
-            "ok",
-            "all hosts",
-            "network.tls",
-            f"TLS is {'on' if on else 'off'} for {len(switches)} devices",
-        )
+        what = f"TLS is {'on' if on else 'off'} for {len(switches)} devices"
+        yield Finding("ok", "all hosts", "network.tls", what)
         return
-    rarer = "1" if sum(s == "1" for s in switches.values()) * 2 <= len(switches) else "0"
-    (name, command), _ = next(item for item in switches.items() if item[1] == rarer)
+    host, command = (on if len(on) <= len(off) else off)[0]
+    if command.endswith("-tls -g"):  # a 950's tool sets it in another way
+        command = command.removesuffix("-g") + f"-s enable {int(len(on) > len(off))}"
     yield Finding(
         "blocker",
         "all hosts",
         "network.tls",
-        f"TLS is on for devices of {', '.join(on)}, off for devices of {', '.join(off)}",
-        rarer,
-        "one switch for all devices",
-        f"{command.replace('-g', '-s')} enable {1 - int(rarer)}  # on {name}",
-        "HCCL EI0016: TLS mismatch",
+        f"TLS is on for {_count(on)} and off for {_count(off)}",
+        expected="one switch for all devices",
+        next_step=f"{command}  # on {host}",
+        source="HCCL EI0016: TLS mismatch",
     )
+
+
+def _count(devices: Sequence[tuple[str, str]]) -> str:
+    return f"{len(devices)} ({', '.join(sorted({host for host, _ in devices}))})"
 
 
 def address(host: Host) -> Iterator[Finding]:
@@ -189,11 +189,11 @@ def clocks(hosts: Sequence[Host]) -> Iterator[Finding]:
     for h in hosts:
         if abs(h.skew_s) > SKEW_WARNING_S:
             level: Level = "blocker" if abs(h.skew_s) > SKEW_BLOCKER_S else "warning"
-            way = "ahead" if h.skew_s > 0 else "behind"
+            way = "ahead of" if h.skew_s > 0 else "behind"
             yield h.says(
                 level,
                 "network.clock",
-                f"its clock is {abs(h.skew_s):.1f} s {way} of the deploying host's",
+                f"its clock is {abs(h.skew_s):,.1f} s {way} the deploying host's",
                 value=f"{h.skew_s:.1f}",
                 expected=f"less than {SKEW_WARNING_S:g} s",
                 next_step="chronyc makestep, or start an NTP client",
