@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import socket
 import struct
 import subprocess
@@ -43,10 +44,10 @@ FILES = (
     *("/proc/sys/net/ipv4/ip_local_port_range", "/proc/sys/net/ipv4/ip_local_reserved_ports"),
     "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
 )
-TOOLS = ("npu-smi", "hccn_tool", "nvidia-smi")
 LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC,
           "memlock": resource.RLIMIT_MEMLOCK}  # fmt: skip
-HCCN_TOOL = "/usr/local/Ascend/driver/tools/hccn_tool"
+# Where drivers put their tools: ssh without a login shell has none of these on PATH.
+PLACES = ("usr/local/bin", "usr/local/sbin", "usr/local/Ascend/driver/tools")
 GPU_QUERY = (
     f"nvidia-smi --query-gpu={','.join(outputs.NVIDIA_FIELDS)} --format=csv,noheader,nounits"
 )
@@ -68,9 +69,9 @@ class Machine:
 
     def run(self, command: str) -> Output | None:
         """Run a command of ours, never one of a user's; None if it is not installed."""
-        words = command.split()
-        if words[0] == "hccn_tool" and (self.root / HCCN_TOOL.lstrip("/")).exists():
-            words[0] = HCCN_TOOL
+        tool, *options = command.split()
+        found = (self.root / place / tool for place in PLACES)
+        words = [shutil.which(tool) or next((str(f) for f in found if f.exists()), tool), *options]
         left = self._deadline - time.monotonic()
         try:
             done = subprocess.run(
