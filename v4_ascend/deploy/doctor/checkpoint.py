@@ -13,7 +13,7 @@ MAX_HEADER = 100_000_000  # bytes; safetensors refuses longer ones
 def look_at(path: str | None, *, digest: bool) -> Checkpoint | None:
     """Say what is wrong with a checkpoint's folder, or what is in it; None if none is asked for.
 
-    The digest covers config, index, manifest, and of every safetensors file the name, size and header:
+    The digest covers config, index, manifest, and each safetensors file's name, size and header:
     equal ones mean the same tensors in the same places, not the same weights.
     """
     if path is None:
