@@ -14,6 +14,7 @@ from v4_ascend.cli import (
     conformance,
     convert,
     deploy,
+    explain,
     fit,
     operators,
     parity,
@@ -37,6 +38,7 @@ checkpoint.register(app)
 conformance.register(app)
 convert.register(app)
 deploy.register(app)
+explain.register(app)
 operators.register(app)
 parity.register(app)
 plan.register(app)

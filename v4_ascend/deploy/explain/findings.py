@@ -1,0 +1,150 @@
+"""The errors of many logs in the order of time, and which of them was first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import BinaryIO
+
+from v4_ascend.deploy.explain.entries import Entry, all_entries
+from v4_ascend.deploy.explain.places import Place, place_of
+from v4_ascend.deploy.explain.reading import Line, Stamp, lines_with
+from v4_ascend.supernode.plan import Plan
+
+WRAPPED_SECONDS = 60.0  # how long after a wrapper its rank still tells what it wraps
+# Lines that look like errors without being known, and those that never are.
+_LIKE_ERRORS = ("[ERROR]", " ERROR ", "Error: ", "error: ", "Exception: ", "error code")
+_IS_ERROR = re.compile(
+    r"\[ERROR\]|\bERROR \d\d-\d\d \d\d:|(?:^|[\s:\]])(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception): \S"
+    r"|^(?:\[\d+\]: )?error: |function error: "
+)
+_IS_NEWS = re.compile(
+    r"\[(?:INFO|DEBUG|EVENT)\]|(?:^|[\s)])(?:INFO|DEBUG)[: ]|^\S*\"event\": \"request\"|"
+    r'^\{"time": "[^"]*", "event": "request"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first of `count` lines that show one error on one rank; entry None: nobody knows it."""
+
+    entry: Entry | None
+    place: Place
+    line: Line
+    order: int  # of its file among those read
+    at: datetime | None = None
+    count: int = 1
+
+    @property
+    def sort_key(self) -> tuple[bool, datetime, int, int]:
+        """Time first; where it is unknown, last, in the order of files and lines."""
+        return self.at is None, self.at or datetime.min, self.order, self.line.number
+
+
+class Findings:
+    """Collects what logs show: one finding for each error of each rank, however long they are."""
+
+    def __init__(self, plan: Plan | None = None) -> None:
+        self._plan = plan
+        self._entries = all_entries()
+        words = dict.fromkeys(w for e in self._entries for w in e.words)
+        self._words = tuple(w.encode() for w in (*words, *_LIKE_ERRORS))
+        self._first: dict[tuple[str | None, Place], Finding] = {}
+        self._rank_of: dict[int, set[int]] = {}
+        self._n_files = 0
+        self.files_without_time: list[str] = []
+
+    def read(self, file: str, stream: BinaryIO) -> None:
+        """Look through one log."""
+        had_time, n_found = False, 0
+        for line in lines_with(stream, self._words):
+            if _IS_NEWS.search(line.text):
+                continue
+            entry = next((e for e in self._entries if e.regex.search(line.text)), None)
+            if entry is None and not _IS_ERROR.search(line.text):
+                continue
+            n_found += 1
+            had_time = had_time or line.stamp is not None
+            self._add(entry, place_of(line.text, file, self._plan), line)
+        if n_found and not had_time:
+            self.files_without_time.append(file)
+        self._n_files += 1
+
+    def _add(self, entry: Entry | None, place: Place, line: Line) -> None:
+        if place.rank is not None and place.pid is not None:
+            self._rank_of.setdefault(place.pid, set()).add(place.rank)
+        # A rank's pids would make findings of their own; of processes without rank they tell apart.
+        who = place if place.rank is None else replace(place, pid=None)
+        key = (entry.id if entry else None, who)
+        if known := self._first.get(key):
+            self._first[key] = replace(known, count=known.count + 1)
+        else:
+            self._first[key] = Finding(entry, place, line, self._n_files)
+
+    def sorted(self) -> list[Finding]:
+        """Return all findings in the order of time; a pid that one rank has names that rank."""
+        years = [s.year for f in self._first.values() if (s := f.line.stamp) and s.year]
+        year = max(years, default=datetime.now().year)
+        out = []
+        for f in self._first.values():
+            place = f.place
+            ranks = self._rank_of.get(place.pid or -1, set())
+            if place.rank is None and len(ranks) == 1:
+                place = replace(place, rank=next(iter(ranks)))
+            out.append(replace(f, place=place, at=_time(f.line.stamp, year)))
+        return sorted(out, key=lambda f: f.sort_key)
+
+
+def _time(stamp: Stamp | None, year: int) -> datetime | None:
+    return stamp.at(year) if stamp is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The first error, and the rest; `first` is None where there is no error at all."""
+
+    first: Finding | None
+    rest: tuple[Finding, ...]
+    only_consequences: bool = False
+
+
+def judge(findings: Sequence[Finding]) -> Verdict:
+    """Choose the first error: one with a cause, else one nobody knows, else a consequence."""
+    known = [f for f in findings if f.entry is not None]
+    primary = [f for f in known if f.entry is not None and not f.entry.is_consequence]
+    unknown = [f for f in findings if f.entry is None]
+    if primary:
+        first = _unwrapped(primary)
+    elif unknown:
+        first = unknown[0]
+    elif known:
+        first = known[0]
+    else:
+        return Verdict(None, ())
+    rest = tuple(f for f in findings if f is not first)
+    return Verdict(first, rest, only_consequences=not primary and not unknown)
+
+
+def _unwrapped(primary: Sequence[Finding]) -> Finding:
+    """Return the first, or what the same rank says soon after if the first only wraps that."""
+    first = primary[0]
+    if first.entry is None or not first.entry.is_wrapper:
+        return first
+    for f in primary:
+        is_same = (f.place.rank, f.place.file) == (first.place.rank, first.place.file) or (
+            f.place.rank is not None and f.place.rank == first.place.rank
+        )
+        is_soon = (
+            f.at is None or first.at is None
+            or (f.at - first.at).total_seconds() <= WRAPPED_SECONDS
+        )  # fmt: skip
+        if is_same and is_soon and f.entry is not None and not f.entry.is_wrapper:
+            return f
+    return first
+
+
+def ranks_heard(findings: Iterable[Finding]) -> set[int]:
+    """Return the ranks that report anything."""
+    return {f.place.rank for f in findings if f.place.rank is not None}
