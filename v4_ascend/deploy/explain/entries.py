@@ -49,6 +49,15 @@ class Entry(Section):
         """Exact texts one of which is in every line that shows the error."""
         return self.needles or (self.id, *([self.symbol] if self.symbol else []))
 
+    @property
+    def stems(self) -> frozenset[str]:
+        """Return what to look for in its stead: few short texts that many entries share."""
+        return frozenset(_stem(word) for word in self.words)
+
+    def shows_in(self, text: str) -> bool:
+        """Whether a line shows this error."""
+        return any(w in text for w in self.words) and self.regex.search(text) is not None
+
     @cached_property
     def regex(self) -> re.Pattern[str]:
         """What a line that shows the error matches."""
@@ -60,6 +69,13 @@ class Entry(Section):
         if self.id.isdigit():
             alone = rf"{ANNOUNCED}{self.id}(?!\d)"
         return re.compile(rf"{alone}|\b{self.symbol}\b" if self.symbol else alone)
+
+
+def _stem(word: str) -> str:
+    for stem in (r"\d{4}(?=\d\d$)", r"[A-Z]{2}\d\d(?=\d\d$)", r"ACL_ERROR|ACLNN_ERR"):
+        if found := re.match(stem, word):
+            return found[0]
+    return "Error: " if word.endswith("Error: ") else word
 
 
 class Errors(Section):

@@ -43,15 +43,23 @@ class Finding:
         return self.at is None, self.at or datetime.min, self.order, self.line.number
 
 
+_Key = tuple[str | None, tuple[str, int | None, int | None]]
+
+
 class Findings:
     """Collects what logs show: one finding for each error of each rank, however long they are."""
 
     def __init__(self, plan: Plan | None = None) -> None:
         self._plan = plan
         self._entries = all_entries()
-        words = dict.fromkeys(w for e in self._entries for w in e.words)
-        self._words = tuple(w.encode() for w in (*words, *_LIKE_ERRORS))
-        self._first: dict[tuple[str | None, Place], Finding] = {}
+        stems = tuple(sorted({s for e in self._entries for s in e.stems} | set(_LIKE_ERRORS)))
+        self._words = tuple(s.encode() for s in stems)
+        # Of each word the entries it may stand for, by their numbers: the lowest is meant.
+        self._of_word = tuple(
+            tuple(i for i, e in enumerate(self._entries) if s in e.stems) for s in stems
+        )
+        self._first: dict[_Key, Finding] = {}
+        self._counts: dict[_Key, int] = {}
         self._rank_of: dict[int, set[int]] = {}
         self._n_files = 0
         self.files_without_time: list[str] = []
@@ -62,7 +70,7 @@ class Findings:
         for line in lines_with(stream, self._words):
             if _IS_NEWS.search(line.text):
                 continue
-            entry = next((e for e in self._entries if e.regex.search(line.text)), None)
+            entry = self._entry_of(line)
             if entry is None and not _IS_ERROR.search(line.text):
                 continue
             n_found += 1
@@ -72,15 +80,19 @@ class Findings:
             self.files_without_time.append(file)
         self._n_files += 1
 
+    def _entry_of(self, line: Line) -> Entry | None:
+        candidates = sorted({i for word in line.words for i in self._of_word[word]})
+        shown = (self._entries[i] for i in candidates if self._entries[i].shows_in(line.text))
+        return next(shown, None)
+
     def _add(self, entry: Entry | None, place: Place, line: Line) -> None:
         if place.rank is not None and place.pid is not None:
             self._rank_of.setdefault(place.pid, set()).add(place.rank)
-        # A rank's pids would make findings of their own; of processes without rank they tell apart.
-        who = place if place.rank is None else replace(place, pid=None)
+        # Of a rank all processes are one; of processes without a rank each is one.
+        who = (place.file, place.rank, place.pid if place.rank is None else None)
         key = (entry.id if entry else None, who)
-        if known := self._first.get(key):
-            self._first[key] = replace(known, count=known.count + 1)
-        else:
+        self._counts[key] = self._counts.get(key, 0) + 1
+        if key not in self._first:
             self._first[key] = Finding(entry, place, line, self._n_files)
 
     def sorted(self) -> list[Finding]:
@@ -88,12 +100,13 @@ class Findings:
         years = [s.year for f in self._first.values() if (s := f.line.stamp) and s.year]
         year = max(years, default=datetime.now().year)
         out = []
-        for f in self._first.values():
+        for key, f in self._first.items():
             place = f.place
             ranks = self._rank_of.get(place.pid or -1, set())
             if place.rank is None and len(ranks) == 1:
                 place = replace(place, rank=next(iter(ranks)))
-            out.append(replace(f, place=place, at=_time(f.line.stamp, year)))
+            at = _time(f.line.stamp, year)
+            out.append(replace(f, place=place, at=at, count=self._counts[key]))
         return sorted(out, key=lambda f: f.sort_key)
 
 

@@ -53,10 +53,14 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a log. `stamp` is its own, or (`is_own` false) the last one before it."""
+    """A line of a log. `stamp` is its own, or (`is_own` false) the last one before it.
+
+    `words` are the numbers of those looked for that are in it.
+    """
 
     number: int
     text: str
+    words: tuple[int, ...]
     stamp: Stamp | None
     is_own: bool
 
@@ -117,20 +121,22 @@ def lines_with(stream: BinaryIO, words: Sequence[bytes]) -> Iterator[Line]:
 def _of_chunk(
     chunk: bytes, number: int, words: Sequence[bytes], before: Stamp | None
 ) -> Iterator[Line]:
-    places: dict[int, int] = {}
-    for word in words:
+    places: dict[int, tuple[int, list[int]]] = {}
+    for i, word in enumerate(words):
         at = chunk.find(word)
         while at >= 0:
             end = chunk.find(b"\n", at)
             end = len(chunk) if end < 0 else end
-            places[chunk.rfind(b"\n", 0, at) + 1] = end
+            places.setdefault(chunk.rfind(b"\n", 0, at) + 1, (end, []))[1].append(i)
             at = chunk.find(word, end)
     counted = 0
     for start in sorted(places):
         number += chunk.count(b"\n", counted, start)
         counted = start
-        raw = chunk[start : min(places[start], start + LINE_CHARS)]
+        end, found = places[start]
+        raw = chunk[start : min(end, start + LINE_CHARS)]
         own = stamp_of(raw)
         if own is None:
             before = stamp_of(chunk[max(0, start - LOOK_BACK_BYTES) : start], last=True) or before
-        yield Line(number, raw.decode(errors="replace").strip(), own or before, own is not None)
+        text = raw.decode(errors="replace").strip()
+        yield Line(number, text, tuple(found), own or before, own is not None)
