@@ -14,6 +14,9 @@ from v4_ascend.deploy.explain.reading import Line, Stamp, lines_with
 from v4_ascend.supernode.plan import Plan
 
 WRAPPED_SECONDS = 60.0  # how long after a wrapper its rank still tells what it wraps
+MESSAGE_LINES = (
+    40  # and how many lines its message may have, of which only the first names the rank
+)
 # Lines that look like errors without being known, and those that never are.
 _LIKE_ERRORS = ("[ERROR]", " ERROR ", "Error: ", "error: ", "Exception: ", "error code")
 _IS_ERROR = re.compile(
@@ -136,7 +139,7 @@ def judge(findings: Sequence[Finding]) -> Verdict:
         first = known[0]
     else:
         return Verdict(None, ())
-    rest = tuple(f for f in findings if f is not first)
+    rest = tuple(f for f in findings if (f.order, f.line) != (first.order, first.line))
     return Verdict(first, rest, only_consequences=not primary and not unknown)
 
 
@@ -146,16 +149,20 @@ def _unwrapped(primary: Sequence[Finding]) -> Finding:
     if first.entry is None or not first.entry.is_wrapper:
         return first
     for f in primary:
-        is_same = (f.place.rank, f.place.file) == (first.place.rank, first.place.file) or (
-            f.place.rank is not None and f.place.rank == first.place.rank
-        )
-        is_soon = (
-            f.at is None or first.at is None
-            or (f.at - first.at).total_seconds() <= WRAPPED_SECONDS
-        )  # fmt: skip
-        if is_same and is_soon and f.entry is not None and not f.entry.is_wrapper:
-            return f
+        if f.entry is None or f.entry.is_wrapper or not _is_soon(first, f):
+            continue
+        if f.place.rank is not None:
+            if f.place.rank == first.place.rank:
+                return f
+        elif f.order == first.order and 0 <= f.line.number - first.line.number <= MESSAGE_LINES:
+            return replace(f, place=first.place)  # the same message goes on
     return first
+
+
+def _is_soon(first: Finding, f: Finding) -> bool:
+    if f.at is None or first.at is None:
+        return True
+    return (f.at - first.at).total_seconds() <= WRAPPED_SECONDS
 
 
 def ranks_heard(findings: Iterable[Finding]) -> set[int]:

@@ -15,7 +15,7 @@ _RANKS = tuple(
         r"\brank (\d+) \(stage",
         r"\[[Rr]ank ?(\d+)\]",
         r"\bWorker\w*_EP(\d+)\b",
-        r"\bWorker rank=(\d+) pid=",
+        r"\w*Worker rank=(\d+) pid=",
         r"\bRankID:(\d+)",
         r"^\[default\d+\]:.*\brank (\d+)\b",
         r"^\s*rank\s+: (\d+) \(local_rank",
