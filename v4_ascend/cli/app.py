@@ -21,6 +21,7 @@ from v4_ascend.cli import (
     plan,
     ranktable,
     shard,
+    support,
 )
 from v4_ascend.errors import ConfigError, V4AscendError
 
@@ -45,6 +46,7 @@ plan.register(app)
 fit.register(app)
 ranktable.register(app)
 shard.register(app)
+support.register(app)
 
 
 def _print_version(wanted: bool) -> None:
