@@ -22,6 +22,24 @@ def some(n, letters=LETTERS):
     return "".join(RNG.choice(letters) for _ in range(n))
 
 
+FORMS = """password: {}
+PASSWD='{}'
+secret = {}
+x-api-key: {}
+Api-Key:{}
+Authorization: Bearer {}
+authorization: basic {}
+curl -H "Bearer {}"
+'password': b'{}'
+https://bob:{}@hub.example/x
+apikeys: ['{}']
+HF_TOKEN={}
+--api-key={}
+aws_secret_access_key = {}
+client_secret_v2: {}
+db_password_ro={}""".splitlines()
+
+
 def secrets_in_context():
     """Yield a secret and a line as logs have it, whose other words do not give it away."""
     api_key, token = some(24), some(32)
@@ -34,10 +52,7 @@ def secrets_in_context():
         (api_key, f"api_key={api_key}"),
         (token, f'{{"token": "{token}", "prompt_tokens": 64}}'),
     )
-    for form in ("password: {}", "PASSWD='{}'", "secret = {}", "x-api-key: {}", "Api-Key:{}",
-                 "Authorization: Bearer {}", "authorization: basic {}", 'curl -H "Bearer {}"',
-                 "'password': b'{}'", "https://bob:{}@hub.example/x", "apikeys: ['{}']",
-                 "HF_TOKEN={}", "client_secret_v2: {}", "db_password_ro={}", "--api-key={}", "aws_secret_access_key = {}"):  # fmt: skip
+    for form in FORMS:
         secret = some(20)
         yield secret, form.format(secret)
     body = some(64)
