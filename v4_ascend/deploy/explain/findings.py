@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import BinaryIO
 
 from v4_ascend.deploy.explain.entries import Entry, all_entries
@@ -42,8 +42,14 @@ class Finding:
 
     @property
     def sort_key(self) -> tuple[bool, datetime, int, int]:
-        """Time first; where it is unknown, last, in the order of files and lines."""
-        return self.at is None, self.at or datetime.min, self.order, self.line.number
+        """Time first; where it is unknown, last, in the order of files and lines.
+
+        Of two in one second the one that is known more exactly is first.
+        """
+        at = self.at or datetime.min
+        if self.line.stamp is not None and self.line.stamp.is_to_second:
+            at += timedelta(seconds=1)
+        return self.at is None, at, self.order, self.line.number
 
 
 _Key = tuple[str | None, tuple[str, int | None, int | None]]
@@ -132,7 +138,7 @@ def judge(findings: Sequence[Finding]) -> Verdict:
     primary = [f for f in known if f.entry is not None and not f.entry.is_consequence]
     unknown = [f for f in findings if f.entry is None]
     if primary:
-        first = _unwrapped(primary)
+        first = _with_rank(_unwrapped(primary), known)
     elif unknown:
         first = unknown[0]
     elif known:
@@ -151,12 +157,24 @@ def _unwrapped(primary: Sequence[Finding]) -> Finding:
     for f in primary:
         if f.entry is None or f.entry.is_wrapper or not _is_soon(first, f):
             continue
-        if f.place.rank is not None:
-            if f.place.rank == first.place.rank:
-                return f
-        elif f.order == first.order and 0 <= f.line.number - first.line.number <= MESSAGE_LINES:
-            return replace(f, place=first.place)  # the same message goes on
+        is_same_rank = f.place.rank is not None and f.place.rank == first.place.rank
+        if is_same_rank or (f.place.rank is None and _goes_on(first, f)):
+            return f
     return first
+
+
+def _goes_on(start: Finding, f: Finding) -> bool:
+    """Whether a line without a rank is of the message that another one begins."""
+    return f.order == start.order and 0 < f.line.number - start.line.number <= MESSAGE_LINES
+
+
+def _with_rank(first: Finding, findings: Sequence[Finding]) -> Finding:
+    """Give a line without a rank that of the wrapper whose message it is in."""
+    if first.place.rank is not None:
+        return first
+    starts = [f for f in findings if f.entry and f.entry.is_wrapper and _goes_on(f, first)]
+    start = max(starts, key=lambda f: f.line.number, default=first)
+    return replace(first, place=start.place)
 
 
 def _is_soon(first: Finding, f: Finding) -> bool:

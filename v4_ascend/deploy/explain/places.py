@@ -24,7 +24,10 @@ _RANKS = tuple(
 )
 _ALONE = re.compile(r"\bWorker(?:_TP| TP)(\d+)(?![\d_])")  # without DP it is the rank
 _LOCAL = re.compile(r"^\[(\d+)\]: ")  # torchrun's prefix, see `deploy.torchrun`
-_PID = re.compile(r"\bpid=(\d+)|\bPID: ?(\d+)|\[ERROR\] ?[A-Z]+\((\d+),")
+_FAILED = re.compile(r"\blocal_rank: (\d+) \(pid: (\d+)\)")  # torchrun of one that ended
+_PID = re.compile(
+    r"\bpid=(\d+)|\bPID: ?(\d+)|\[ERROR\] ?[A-Z]+\((\d+),|\bKill(?:ed)? process (\d+)"
+)
 _OF_FILE = re.compile(r"(?:^|[-_./])rank[-_.]?(\d+)(?:[-_./]|$)")
 _OF_TORCHRUN = re.compile(r"attempt_\d+/(\d+)/std(?:out|err)\.log$")
 
@@ -41,6 +44,8 @@ class Place:
 def place_of(text: str, file: str, plan: Plan | None) -> Place:
     """Return who wrote a line; a host's own numbers are looked up in the plan."""
     pid = next((int(g) for g in m.groups() if g), None) if (m := _PID.search(text)) else None
+    if failed := _FAILED.search(text):
+        return Place(file, _of_host(int(failed[1]), file, plan), int(failed[2]))
     # Of others' ranks a line may speak too: the prefix is the writer's.
     if local := _LOCAL.match(text):
         return Place(file, _of_host(int(local[1]), file, plan), pid)

@@ -38,10 +38,14 @@ _MONTHS = {
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A time as a log gives it; the year may be missing. Without a zone it is the host's own."""
+    """A time as a log gives it; the year may be missing. Without a zone it is the host's own.
+
+    `is_to_second` tells that it may be any time of that second.
+    """
 
     year: int | None
     rest: tuple[int, int, int, int, int, int]  # month, day, hour, minute, second, microsecond
+    is_to_second: bool
 
     def at(self, year: int) -> datetime | None:
         """Return the time, in `year` if the log names none; None if no calendar has it."""
@@ -80,22 +84,24 @@ def stamp_of(text: bytes, *, last: bool = False) -> Stamp | None:
 def _full(m: re.Match[bytes]) -> Stamp:
     year, *rest = (int(m[i]) for i in range(1, 7))
     micro = 1000 * int(m[7] or 0) + int(m[8] or 0)
-    stamp = Stamp(year, (rest[0], rest[1], rest[2], rest[3], rest[4], micro))
+    stamp = Stamp(year, (rest[0], rest[1], rest[2], rest[3], rest[4], micro), m[7] is None)
     if m[9] is None or (naive := stamp.at(year)) is None:
         return stamp
     zone = m[9].decode().replace("Z", "+00:00")
     local = datetime.fromisoformat(f"{naive.isoformat()}{zone}").astimezone()
-    return Stamp(local.year, (local.month, local.day, *local.timetuple()[3:6], micro))
+    moved = (local.month, local.day, local.hour, local.minute, local.second, micro)
+    return Stamp(local.year, moved, stamp.is_to_second)
 
 
 def _short(m: re.Match[bytes]) -> Stamp:
     month, day = int(m[1] or m[3]), int(m[2] or m[4])
-    return Stamp(None, (month, day, int(m[5]), int(m[6]), int(m[7]), 1000 * int(m[8] or 0)))
+    rest = month, day, int(m[5]), int(m[6]), int(m[7]), 1000 * int(m[8] or 0)
+    return Stamp(None, rest, m[8] is None)
 
 
 def _syslog(m: re.Match[bytes]) -> Stamp:
     clock = int(m[3]), int(m[4]), int(m[5])
-    return Stamp(int(m[6]) if m[6] else None, (_MONTHS[m[1]], int(m[2]), *clock, 0))
+    return Stamp(int(m[6]) if m[6] else None, (_MONTHS[m[1]], int(m[2]), *clock, 0), True)
 
 
 def lines_with(stream: BinaryIO, words: Sequence[bytes]) -> Iterator[Line]:

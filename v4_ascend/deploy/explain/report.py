@@ -61,7 +61,9 @@ def _when(f: Finding) -> str:
     if f.at is None:
         return ", time unknown"
     about = "" if f.line.is_own else "after "
-    return f", {about}{f.at.isoformat(sep=' ', timespec='milliseconds')}"
+    is_to_second = f.line.stamp is not None and f.line.stamp.is_to_second
+    exact = "seconds" if is_to_second else "milliseconds"
+    return f", {about}{f.at.isoformat(sep=' ', timespec=exact)}"
 
 
 def _line(f: Finding) -> str:
