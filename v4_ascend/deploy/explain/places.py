@@ -28,8 +28,6 @@ _FAILED = re.compile(r"\blocal_rank: (\d+) \(pid: (\d+)\)")  # torchrun of one t
 _PID = re.compile(
     r"\bpid=(\d+)|\bPID: ?(\d+)|\[ERROR\] ?[A-Z]+\((\d+),|\bKill(?:ed)? process (\d+)"
 )
-    r"\bpid=(\d+)|\bPID: ?(\d+)|\[ERROR\] ?[A-Z]+\((\d+),|\bKill(?:ed)? process (\d+)"
-)
 _OF_FILE = re.compile(r"(?:^|[-_./])rank[-_.]?(\d+)(?:[-_./]|$)")
 _OF_TORCHRUN = re.compile(r"attempt_\d+/(\d+)/std(?:out|err)\.log$")
 
