@@ -112,6 +112,16 @@ class Plan(_Frozen):
             raise ConfigError(str(file), f"is not a plan: {key}: {problem['msg']}") from e
 
 
+def rank_name(plan: Plan, rank: int) -> str:
+    """Say which rank it is, and what it holds."""
+    r, p = plan.ranks[rank], plan.parallel
+    return (
+        f"rank {rank} (stage {rank // p.stage_size}, layers {r.layers[0]} to "
+        f"{r.layers[1] - 1}, experts {r.experts[0]} to {r.experts[1] - 1}, "
+        f"{r.host} device {r.device})"
+    )
+
+
 def experts_of(plan: Plan, rank: Rank) -> tuple[tuple[int, ...], ...]:
     """Return the routed experts a rank holds in each of its layers, by slot."""
     p = plan.parallel

@@ -15,12 +15,14 @@ from v4_ascend.cli import (
     convert,
     deploy,
     doctor,
+    explain,
     fit,
     operators,
     parity,
     plan,
     ranktable,
     shard,
+    support,
 )
 from v4_ascend.errors import ConfigError, V4AscendError
 
@@ -39,12 +41,14 @@ conformance.register(app)
 convert.register(app)
 deploy.register(app)
 doctor.register(app)
+explain.register(app)
 operators.register(app)
 parity.register(app)
 plan.register(app)
 fit.register(app)
 ranktable.register(app)
 shard.register(app)
+support.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from v4_ascend.runtime.link import is_alive
 from v4_ascend.runtime.messages import Beat
-from v4_ascend.supernode.plan import Plan
+from v4_ascend.supernode.plan import Plan, rank_name
 
 # A rank that ended is the cause of others' failures, not they of its. Here its process is seen
 # to be gone; of another host only its heartbeats, one a second, are seen to be missing.
@@ -121,12 +121,7 @@ class Watch:
 
     def name(self, rank: int) -> str:
         """Say which rank it is, and what it holds."""
-        r, p = self._plan.ranks[rank], self._plan.parallel
-        return (
-            f"rank {rank} (stage {rank // p.stage_size}, layers {r.layers[0]} to "
-            f"{r.layers[1] - 1}, experts {r.experts[0]} to {r.experts[1] - 1}, "
-            f"{r.host} device {r.device})"
-        )
+        return rank_name(self._plan, rank)
 
     def rows(self) -> list[dict[str, object]]:
         """Say of each rank here what it holds, how far it is, and what it waits for."""

@@ -1,0 +1,1 @@
+"""A support bundle: what others need to help, without secrets and addresses."""
