@@ -76,6 +76,6 @@ def test_the_arguments_know_what_the_release_never_reads():
     accepted = arguments("0.23.0")
     assert "VLLM_RPC_TIMEOUT" not in accepted.environment
     assert "multistream_dsa_preprocess" not in accepted.additional_config
+    argv = ["vllm", "serve", "m", "--additional-config", '{"multistream_dsa_preprocess": 1}']
     with pytest.raises(DeployError, match="does not know 'multistream_dsa_preprocess'"):
-        argv = ["vllm", "serve", "m", "--additional-config", '{"multistream_dsa_preprocess": 1}']
         parse(argv, accepted)

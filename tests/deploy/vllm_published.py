@@ -1,7 +1,5 @@
 """The published layouts as topologies, and a generated launch in the golden file's spelling."""
 
-import json
-from functools import cache
 from pathlib import Path
 
 import yaml

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from v4_ascend.config.topology import Topology
+from v4_ascend.config.topology import Topology, is_remote
 from v4_ascend.deploy.vllm.arguments import arguments, parse, unknown_variables
 from v4_ascend.deploy.vllm.recipes import Recipe, TransferPorts, recipe_for, recipes
 from v4_ascend.errors import DeployError, NotYetError
@@ -188,7 +188,13 @@ def _launch(
     devices: range,
     url: str | None,
 ) -> Launch:
-    argv = ["vllm", "serve", t.model.checkpoint]
+    repository, _, revision = t.model.checkpoint.rpartition(":")[2].partition("@")
+    remote = is_remote(t.model.checkpoint)
+    argv = ["vllm", "serve", repository if remote else t.model.checkpoint]
+    if remote and revision:
+        flags = {"revision": revision} | flags
+    if t.model.checkpoint.startswith("modelscope:"):
+        env = env | {"VLLM_USE_MODELSCOPE": "true"}
     for name, value in flags.items():
         argv.append(f"--{name}")
         if value != "":
