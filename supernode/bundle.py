@@ -25,9 +25,11 @@ def write_bundle(
     pools: tuple[PoolPlan, ...],
     report: Mapping[str, Any],
     given: RankTable | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write plan.json and rank table (one for each pool), env files, report.json and plan.html.
 
+    `extra` are further text files by name, such as the commands of another engine.
     The rank table has the addresses `given`, or placeholders that HCCL refuses to read.
 
     The files are written beside `folder` and renamed in one step; a folder that is there is
@@ -45,6 +47,9 @@ def write_bundle(
     try:
         half.mkdir()
         names = _write(half, topology, pools, report, given)
+        for name, text in (extra or {}).items():
+            (half / name).write_text(text, encoding="utf-8")
+            names.append(name)
         if folder.exists():
             shutil.rmtree(folder)
         half.replace(folder)

@@ -260,3 +260,17 @@ def _mc2_on_a2(c: Candidate, r: Rule) -> str | None:
 def _ep_at_most(c: Candidate, r: Rule) -> str | None:
     ep, most = c.parallel.ep_size, r.limits[c.system.profile.family]
     return f"ep {ep} above {most}" if ep > most else None
+
+
+@_check
+def _ep_is_stage(c: Candidate, r: Rule) -> str | None:
+    ep, n = c.parallel.ep_size, c.parallel.stage_size
+    return f"ep {ep} inside {n} devices of a stage; 1 or {n} would do" if ep not in (1, n) else None
+
+
+@_check
+def _enough_for_dspark(c: Candidate, r: Rule) -> str | None:
+    n, least = c.serving.n_draft_tokens, r.limits["tokens"]
+    if c.config.dspark is not None and 0 < n < least:
+        return f"{n} draft tokens, at least {least}"
+    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,6 +40,12 @@ def deploy_command(
     emulate: Annotated[
         int | None, typer.Option(help="run its layout here, on as many processes, tiny model")
     ] = None,
+    conformance: Annotated[
+        bool, typer.Option("--conformance", help="engine vllm: ready once its cases pass")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="engine vllm: its commands, with --dry-run")
+    ] = False,
 ) -> None:
     """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
     from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
@@ -50,6 +57,25 @@ def deploy_command(
 
     overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
     wanted = load_topology(topology, overrides)
+    options = {"--timeout": timeout, "--drain-timeout": drain_timeout, "--emulate": emulate}
+    unlooked = ["--skip-preflight"] * skip_preflight
+    if wanted.engine == "vllm":
+        from v4_ascend.cli import deploy_vllm
+
+        deploy_vllm.refuse_emulation(emulate)
+        if dry_run:
+            deploy_vllm.dry_run(wanted, as_json=as_json)
+            return
+        require_supported(wanted)
+        if deploy_vllm.already_running(wanted):
+            return
+        if detach:
+            switches = [*unlooked, *(["--conformance"] * conformance)]
+            _detach(topology, overrides, wanted.name, options, switches)
+            return
+        _preflight(wanted, topology, skip=skip_preflight)
+        deploy_vllm.run(wanted, drain_timeout, timeout, conformance=conformance)
+        return
     if emulate is not None:
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
@@ -73,12 +99,10 @@ def deploy_command(
         typer.echo(f"{plan.name} runs already: {found.url}/v1")
         return
     if detach:
-        options = {"--timeout": timeout, "--drain-timeout": drain_timeout, "--emulate": emulate}
-        _detach(topology, overrides, plan.name, options, ["--skip-preflight"] * skip_preflight)
+        _detach(topology, overrides, plan.name, options, unlooked)
         return
     from v4_ascend.backends import find_backend
     from v4_ascend.deploy.deployment import Deployment
-    from v4_ascend.deploy.doctor.preflight import require_fit
 
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
@@ -86,11 +110,19 @@ def deploy_command(
     def report(line: str) -> None:
         typer.echo(f"{plan.name}: {line}", err=True)
 
-    if skip_preflight:
-        report("preflight skipped: versions, devices, network, clocks, memory, disks, checkpoints")
-    else:
-        require_fit(wanted, f"v4-ascend doctor --topology {topology}")
+    _preflight(wanted, topology, skip=skip_preflight)
     Deployment(plan, report, drain_timeout).run(timeout)
+
+
+def _preflight(wanted: Topology, topology: str, *, skip: bool) -> None:
+    """Look at every host before anything starts, or say what was not looked at."""
+    if skip:
+        what = "versions, devices, network, clocks, memory, disks, checkpoints"
+        typer.echo(f"{wanted.name}: preflight skipped: {what}", err=True)
+        return
+    from v4_ascend.deploy.doctor.preflight import require_fit
+
+    require_fit(wanted, f"v4-ascend doctor --topology {topology}")
 
 
 def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
@@ -125,7 +157,7 @@ def _detach(
     overrides: list[str],
     name: str,
     options: dict[str, float | None],
-    flags: list[str],
+    switches: Sequence[str],
 ) -> None:
     """Start ourselves in a session of our own and follow until ready or ended."""
     import subprocess
@@ -141,7 +173,7 @@ def _detach(
     command += [a for o in overrides for a in ("--set", o)]
     for option, value in options.items():
         command += [option, str(value)] if value is not None else []
-    command += flags
+    command += switches
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -173,14 +205,19 @@ def status_command(
     """Say what runs on this machine and whether it is ready; with a name, of each rank too."""
     import httpx
 
-    from v4_ascend.deploy.state import running
+    from v4_ascend.deploy.state import running, state_root
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for s in running():
         if name not in (None, s.name):
             continue
         try:
-            ready = httpx.get(f"{s.url}/ready", timeout=5).json()
+            if s.engine == "vllm":
+                from v4_ascend.deploy.vllm.deployment import status
+
+                ready = status(state_root() / s.name)
+            else:
+                ready = httpx.get(f"{s.url}/ready", timeout=5).json()
         except httpx.TransportError as e:
             ready = {"state": f"no answer: {e}"}
         row = {"name": s.name, "pid": s.pid, "url": s.url, "model": s.model, **ready}
@@ -199,6 +236,10 @@ def status_command(
             line += f", {row['running']} requests running, {row['waiting']} waiting"
         reason = f", {row['reason']}" if row.get("reason") else ""
         typer.echo(f"{line}, pid {row['pid']}{canary}{reason}")
+        for process in row.get("processes", ()) if name is not None else ():
+            answers = "answers" if process["is_ready"] else "does not answer"
+            where = f"{process['url']} {answers}" if process["url"] else "no API"
+            typer.echo(f"  {process['name']} on {process['host']}: {where}")
         for rank in row.get("ranks", ()):
             state = f"step {rank['step']}" if rank["is_ready"] else "not ready"
             loaded = f"{rank['loaded_bytes'] / 1e6:,.1f} MB read"

@@ -90,7 +90,13 @@ def run_command(
     if out is not None and not failed:
         from v4_ascend.supernode.bundle import write_bundle
 
-        written = write_bundle(out, wanted, pools, facts, table)
+        extra = {}
+        if wanted.engine == "vllm":
+            from v4_ascend.deploy.vllm.launches import launches
+            from v4_ascend.deploy.vllm.show import script
+
+            extra = {"launch.sh": script(launches(wanted, pools)) + "\n"}
+        written = write_bundle(out, wanted, pools, facts, table, extra)
     if as_json:
         status = "error" if failed else "ok"
         envelope = {"version": 1, "status": status, "data": facts, "diagnostics": failed}

@@ -284,17 +284,17 @@ def require_supported(topology: Topology) -> None:
     """
     t = topology
     n_hosts = sum(s.n_devices // s.devices_per_host for s in t.cluster.supernodes)
+    native = t.engine == "native"  # vLLM has more, and its commands are refused where they are made
     is_emulated = device_profile(t.cluster.device, t.where("cluster.device")).emulated
     for key, is_asked, today in (
-        ("cluster.pools", bool(t.cluster.pools), "one pool for both roles"),
+        ("cluster.pools", native and bool(t.cluster.pools), "one pool for both roles"),
         (
             "cluster.supernodes",
             n_hosts > 1 and any(s.hosts is None for s in t.cluster.supernodes),
             "hosts with names",
         ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
-        ("serve.n_draft_tokens", t.serve.n_draft_tokens > 1, "one draft token"),
-        ("engine", t.engine != "native", "'native'"),
+        ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
         ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),
         ("emulate", t.emulate, "real devices"),
     ):

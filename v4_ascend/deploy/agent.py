@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 import msgspec
@@ -79,6 +80,11 @@ def _run(bundle: Bundle) -> int:
     Address(**bundle.link, front_pid=None).write(folder)
     plan.write(folder / "plan.json")
     command, env = torchrun(plan, bundle.host, folder, Meeting(bundle.endpoint, bundle.n_hosts))
+    return hold(command, env)
+
+
+def hold(command: list[str], env: dict[str, str]) -> int:
+    """Run a command until it ends, is told to, or no line comes any more; return its exit code."""
     told = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -87,12 +93,12 @@ def _run(bundle: Bundle) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
-    ranks = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
+    held = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
             heard = time.monotonic()
-            while not told and ranks.poll() is None:
+            while not told and held.poll() is None:
                 if selector.select(timeout=0.2):
                     if not os.read(sys.stdin.fileno(), 4096):
                         break
@@ -100,18 +106,23 @@ def _run(bundle: Bundle) -> int:
                 if time.monotonic() - heard > GIVE_UP_SECONDS:
                     break
     finally:
-        stop(ranks, KILL_SECONDS)
-    return ranks.returncode
+        stop(held, KILL_SECONDS)
+    return held.returncode
 
 
 def stop(process: subprocess.Popen[bytes], patience: float) -> None:
-    """End a process and its session: by SIGTERM, and SIGKILL after `patience` seconds."""
+    """End a process by SIGTERM; after `patience` seconds, or once it has ended, its session too."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    end_session(process)
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process and its session: workers may outlive who started them."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

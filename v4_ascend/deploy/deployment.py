@@ -126,8 +126,12 @@ class Deployment:
     def _start_agent(self, host: str, meeting: Meeting) -> None:
         """Start a host's ranks over ssh, and keep telling them that we are here."""
         bundle = agent.Bundle.of(self.plan, host, Address.read(self.folder), meeting)
-        remote = f"{shlex.quote(sys.executable)} -m v4_ascend.deploy.agent"
-        process = self._start(f"ranks-{host}", [*SSH, host, remote], stdin=subprocess.PIPE)
+        self._start_remote(f"ranks-{host}", host, "v4_ascend.deploy.agent", bundle)
+
+    def _start_remote(self, name: str, host: str, module: str, bundle: msgspec.Struct) -> None:
+        """Run a module on a host: its first line of input is `bundle`, then a beat follows."""
+        remote = f"{shlex.quote(sys.executable)} -m {module}"
+        process = self._start(name, [*SSH, host, remote], stdin=subprocess.PIPE)
 
         def keep_telling() -> None:
             line = msgspec.json.encode(bundle) + b"\n"

@@ -34,6 +34,7 @@ class Supervisor:
     url: str
     digest: str
     model: str
+    engine: str = "native"
 
     def is_running(self) -> bool:
         """Whether it still runs."""

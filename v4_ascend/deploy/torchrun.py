@@ -51,7 +51,7 @@ def torchrun(
         where = ["--nnodes", "1", "--rdzv-endpoint", "127.0.0.1:0"]
     else:
         address = socket.gethostbyname(host)
-        env.setdefault(INTERFACE_KEYS[plan.backend], _interface_of(address, host))
+        env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address, host))
         is_first = host == plan.ranks[0].host
         where = ["--nnodes", str(meeting.n_hosts), "--rdzv-endpoint", meeting.endpoint]
         where += ["--rdzv-id", plan.digest[:16], "--local-addr", address]
@@ -69,7 +69,7 @@ def torchrun(
     return command, env | {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${local_rank}]: "}
 
 
-def _interface_of(address: str, host: str) -> str:
+def interface_of(address: str, host: str) -> str:
     """Return the network interface that has an IPv4 address."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
