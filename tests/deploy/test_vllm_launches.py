@@ -11,12 +11,14 @@ import pytest
 import vllm_published as published
 import yaml
 
+from v4_ascend.config.topology import load_topology
 from v4_ascend.deploy.vllm.arguments import arguments, parse
 from v4_ascend.deploy.vllm.canary import agreement
 from v4_ascend.deploy.vllm.extract_arguments import extract
-from v4_ascend.deploy.vllm.launches import PROXY
+from v4_ascend.deploy.vllm.launches import PROXY, launches
 from v4_ascend.deploy.vllm.show import script
 from v4_ascend.errors import ConfigError, DeployError, NotYetError
+from v4_ascend.supernode.planning import find_model, plan_pools
 
 SPLIT = ["flash-a2-pd", "flash-a3-pd", "pro-950-pd", "pro-a2-pd", "pro-a3-pd"]
 HOPPER = {
@@ -261,3 +263,13 @@ def test_agreement_is_what_hand_arithmetic_says():
     half = agreement(logits, wrong)
     assert (half.n_sure, half.agree) == (2, 0.5)
     assert half.median_error == pytest.approx(np.log(2))
+
+
+def test_the_proxy_has_a_port_of_its_own():
+    asked = ["engine=vllm", "serve.host=0.0.0.0"]
+    topology = load_topology("pro-prefill-decode", asked)
+    pools = plan_pools(topology, find_model(topology))
+    with pytest.raises(ConfigError, match="8000 is that of a process on prompts-host0"):
+        launches(topology, pools)
+    topology = load_topology("pro-prefill-decode", [*asked, "serve.port=9000"])
+    assert launches(topology, pools)[-1].url == "http://127.0.0.1:9000"

@@ -14,7 +14,7 @@ from typing import Any
 from v4_ascend.config.topology import Topology, is_remote
 from v4_ascend.deploy.vllm.arguments import arguments, parse, unknown_variables
 from v4_ascend.deploy.vllm.recipes import Recipe, TransferPorts, recipe_for, recipes
-from v4_ascend.errors import DeployError, NotYetError
+from v4_ascend.errors import ConfigError, DeployError, NotYetError
 from v4_ascend.supernode.environment import environment
 from v4_ascend.supernode.plan import Role
 from v4_ascend.supernode.planning import PoolPlan, layout_name
@@ -80,6 +80,7 @@ def launches(topology: Topology, pools: tuple[PoolPlan, ...]) -> tuple[Launch, .
 
     Raises:
         NotYetError: what vLLM could do and we do not write commands for.
+        ConfigError: the proxy would listen where another process does.
         DeployError: a command that the release it is for would refuse.
     """
     shared = _shared(topology, pools)
@@ -262,15 +263,26 @@ def _environment(pool: PoolPlan, recipe: Recipe) -> dict[str, str]:
 
 def _proxy(t: Topology, found: list[Launch]) -> Launch:
     """Return the command of vllm-ascend's example proxy, which clients speak to."""
+    here = found[0].host
+    taken = [x.url.rpartition(":")[2] for x in found if x.host == here and x.url is not None]
+    if str(t.serve.port) in taken and t.serve.host in (*_EVERYWHERE, here):
+        raise ConfigError(
+            t.where("serve.port"),
+            f"serve.port: {t.serve.port} is that of a process on {here}, where the proxy listens "
+            "too; give another",
+        )
     argv = ["python", PROXY, "--host", t.serve.host, "--port", str(t.serve.port)]
     for word, role in (("prefiller", "prefill"), ("decoder", "decode")):
         members = [x for x in found if x.role == role and x.url is not None]
         argv += [f"--{word}-hosts", *(x.host for x in members)]
         argv += [f"--{word}-ports", *((x.url or "").rpartition(":")[2] for x in members)]
     url = f"http://{_reached(t.serve.host)}:{t.serve.port}"
-    return Launch(found[0].host, "proxy", tuple(argv), {}, 1, url)
+    return Launch(here, "proxy", tuple(argv), {}, 1, url)
+
+
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
 
 
 def _reached(host: str) -> str:
     """Return an address to reach a server by that listens on all."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104
+    return "127.0.0.1" if host in _EVERYWHERE else host
