@@ -88,6 +88,9 @@ def test_what_is_fetched_is_what_the_hub_has_and_is_fetched_once(served, tiny, m
     assert {k: v for k, v in served.sent.items() if k} == {k: v for k, v in sent.items() if k}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert whole("hf:org/tiny") == folder
+    served.asked.clear()
+    assert run("inspect", "hf:org/tiny").exit_code == 0
+    assert served.asked == []
 
 
 def test_a_line_that_breaks_goes_on_where_it_broke(served, tiny, monkeypatch):

@@ -164,3 +164,13 @@ def test_parity_record_refuses_what_cannot_be(tiny, ids, tmp_path, option, value
     assert done.returncode == 2
     assert says in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"), [("--conformance", "v4-ascend conformance URL"), ("--json", "--dry-run")]
+)
+def test_an_option_of_another_engine_is_refused_and_not_ignored(option, instead):
+    done = run("deploy", "--topology", "laptop", option)
+    assert done.returncode == 2
+    start = f"error: {option}: is of engine vllm; with engine native take {instead}"
+    assert done.stderr.startswith(start)

@@ -11,9 +11,11 @@ import pytest
 import vllm_published as published
 import yaml
 
+from v4_ascend.cli.deploy_vllm import planned
 from v4_ascend.config.topology import load_topology
 from v4_ascend.deploy.vllm.arguments import arguments, parse
 from v4_ascend.deploy.vllm.canary import agreement
+from v4_ascend.deploy.vllm.deployment import VllmDeployment
 from v4_ascend.deploy.vllm.extract_arguments import extract
 from v4_ascend.deploy.vllm.launches import PROXY, launches
 from v4_ascend.deploy.vllm.show import script
@@ -273,3 +275,12 @@ def test_the_proxy_has_a_port_of_its_own():
         launches(topology, pools)
     topology = load_topology("pro-prefill-decode", [*asked, "serve.port=9000"])
     assert launches(topology, pools)[-1].url == "http://127.0.0.1:9000"
+
+
+def test_a_reference_that_nobody_would_compare_is_refused(monkeypatch):
+    asked = ["engine=vllm", "model.reference=record.safetensors"]
+    topology = load_topology("pro-prefill-decode", asked)
+    found, plan = planned(topology)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    with pytest.raises(NotYetError, match="model.reference: not yet with prefill and decode apart"):
+        VllmDeployment(topology, plan, found, print, 0.0).run(1.0)

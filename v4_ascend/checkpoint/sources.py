@@ -31,7 +31,13 @@ Progress = Callable[[int, int], None]
 
 
 class Hub(Protocol):
-    """One repository on a hub."""
+    """One repository on a hub.
+
+    Attributes:
+        is_offline: whether only what is in the cache may be read.
+    """
+
+    is_offline: bool
 
     def fetch(self, patterns: Sequence[str] | None) -> Path:
         """Bring the files of these patterns, or all, into the hub's cache; return their folder."""
@@ -77,8 +83,9 @@ def configuration(reference: str) -> Path:
 def headers(reference: str, progress: Progress) -> Iterator[Path]:
     """Give a folder for `CheckpointFolder`: a hub's has headers, sizes, and holes for data.
 
-    Some 30 MB are fetched of a checkpoint of 865 GB. The folder is gone behind the block, so that
-    its zeros are never taken for weights. `progress` sees files done and in all.
+    Some 30 MB are fetched of a checkpoint of 865 GB; offline, all of it must be in the cache. The
+    folder is gone behind the block, so that its zeros are never taken for weights. `progress` sees
+    files done and in all.
 
     Raises:
         CheckpointError: as `whole`, or the hub does not give parts of files.
@@ -87,6 +94,9 @@ def headers(reference: str, progress: Progress) -> Iterator[Path]:
         yield Path(reference)
         return
     hub = _hub(reference)
+    if hub.is_offline:
+        yield hub.fetch(None)
+        return
     small = hub.fetch([CONFIG, INDEX])
     with TemporaryDirectory(prefix="v4-ascend-") as scratch:
         folder = Path(scratch)
@@ -175,7 +185,10 @@ def _one_line(error: Exception) -> str:
 
 class _HuggingFace:
     def __init__(self, repo: str, revision: str | None, reference: str) -> None:
+        from huggingface_hub import constants
+
         self._repo, self._revision, self._reference = repo, revision, reference
+        self.is_offline = constants.HF_HUB_OFFLINE
 
     def fetch(self, patterns: Sequence[str] | None) -> Path:
         from huggingface_hub import snapshot_download
@@ -204,6 +217,8 @@ class _HuggingFace:
 
 
 class _ModelScope:
+    is_offline = False
+
     def __init__(self, repo: str, revision: str | None, reference: str) -> None:
         self._repo, self._revision, self._reference = repo, revision, reference
         try:

@@ -76,6 +76,10 @@ def deploy_command(
         _preflight(wanted, topology, skip=skip_preflight)
         deploy_vllm.run(wanted, drain_timeout, timeout, conformance=conformance)
         return
+    if conformance or as_json:
+        option = "--conformance" if conformance else "--json"
+        instead = "v4-ascend conformance URL" if conformance else "--dry-run, which prints JSON"
+        raise ConfigError(option, f"is of engine vllm; with engine native take {instead}")
     if emulate is not None:
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)

@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +72,22 @@ def torchrun(
 
 def interface_of(address: str, host: str) -> str:
     """Return the network interface that has an IPv4 address."""
+    for name, found in addresses():
+        if found == address:
+            return name
+    raise DeployError(
+        f"{host} ({address}) is no address of this machine ({socket.gethostname()}); deploy runs "
+        "on the first host of the topology, and each host's name must be its address for the others"
+    )
+
+
+def addresses() -> Iterator[tuple[str, str | None]]:
+    """Yield the network interfaces, each with its IPv4 address if it has one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             try:
                 found = fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
-                continue  # it has no address
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    raise DeployError(
-        f"{host} ({address}) is no address of this machine ({socket.gethostname()}); deploy runs "
-        "on the first host of the topology, and each host's name must be its address for the others"
-    )
+                yield name, None
+            else:
+                yield name, socket.inet_ntoa(found[20:24])

@@ -59,8 +59,16 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
 
 
 def pointer(x: torch.Tensor | None) -> int | None:
-    """Return where a contiguous tensor's data begins."""
-    return None if x is None else x.data_ptr()
+    """Return where a tensor's data begins.
+
+    Raises:
+        ValueError: it is not contiguous: what lies there is not what it shows.
+    """
+    if x is None:
+        return None
+    if not x.is_contiguous():
+        raise ValueError(f"a tensor of strides {x.stride()} for shape {tuple(x.shape)}")
+    return x.data_ptr()
 
 
 def is_bf16(x: torch.Tensor) -> bool:

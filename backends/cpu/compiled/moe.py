@@ -14,6 +14,11 @@ _moe_gather = function("moe_gather", "pppppiii")
 _moe_combine = function("moe_combine", "pppiiii")
 
 
+def _require_experts(n_wrong: int, ids: torch.Tensor) -> None:
+    if n_wrong:
+        raise IndexError(f"{n_wrong} of {ids.numel()} expert ids are no experts")
+
+
 def _why_not_topk(
     logits: torch.Tensor, bias: torch.Tensor, topk: int, route_scale: float
 ) -> str | None:
@@ -47,7 +52,7 @@ def hash_gate_compiled(
     ids = tid2eid[input_ids]
     weights = logits.new_empty(ids.shape)
     args = (*logits.shape, ids.shape[1], route_scale)
-    _hash_gate(pointer(logits), pointer(ids), pointer(weights), *args)
+    _require_experts(_hash_gate(pointer(logits), pointer(ids), pointer(weights), *args), ids)
     return weights, ids
 
 
@@ -76,10 +81,10 @@ def moe_dispatch_compiled(
     n_pairs, topk = ids.numel(), ids.shape[1]
     rows, row_weights = x.new_empty(n_pairs, x.shape[1]), weights.new_empty(n_pairs)
     group_sizes, source = ids.new_empty(n_experts), ids.new_empty(n_pairs)
-    _moe_order(pointer(ids), n_pairs, n_experts, pointer(group_sizes), pointer(source))
+    arrays = pointer(group_sizes), pointer(source)
+    _require_experts(_moe_order(pointer(ids), n_pairs, n_experts, *arrays), ids)
     row_bytes = x.shape[1] * x.element_size()
-    arrays = map(pointer, (x, weights, source, rows, row_weights))
-    _moe_gather(*arrays, n_pairs, topk, row_bytes)
+    _moe_gather(*map(pointer, (x, weights, source, rows, row_weights)), n_pairs, topk, row_bytes)
     return rows, row_weights, group_sizes, source, torch.tensor([len(x)])
 
 

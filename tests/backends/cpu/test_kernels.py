@@ -12,6 +12,7 @@ from v4_ascend.backends import BACKENDS
 from v4_ascend.backends.cpu.compiled import library
 from v4_ascend.ops import OPS
 from v4_ascend.ops.check import assert_close
+from v4_ascend.ops.moe import Solo
 from v4_ascend.runtime.verify import Selection, verify
 
 CPU = BACKENDS["cpu"]
@@ -122,3 +123,15 @@ def test_every_bf16_value_is_rounded_as_the_reference_rounds_it(name, group):
         ours, theirs = compiled(name).fn(rows, group), OPS[name].reference(rows, group)
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_ids_that_are_no_experts_and_tensors_with_gaps_are_refused():
+    """In C either would read or write where nothing of ours lies."""
+    logits, table = torch.zeros(2, 8), torch.tensor([[0, 1], [2, 8]])
+    with pytest.raises(IndexError, match="1 of 4 expert ids are no experts"):
+        compiled("hash_gate").fn(logits, table, torch.tensor([0, 1]), 1.5)
+    x, ids, weights = torch.zeros(2, 4), torch.tensor([[0, -1], [1, 2]]), torch.ones(2, 2)
+    with pytest.raises(IndexError, match="1 of 4"):
+        compiled("moe_dispatch").fn(x, ids, weights, 3, Solo(), False)
+    with pytest.raises(ValueError, match="strides"):
+        library.pointer(torch.zeros(4, 4).T)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from v4_ascend.checkpoint.folder import INDEX, MANIFEST
+from v4_ascend.checkpoint.header import MAX_HEADER_BYTES
 from v4_ascend.deploy.doctor.facts import Checkpoint
-
-MAX_HEADER = 100_000_000  # bytes; safetensors refuses longer ones
 
 
 def look_at(path: str | None, *, digest: bool) -> Checkpoint | None:
@@ -33,11 +33,11 @@ def look_at(path: str | None, *, digest: bool) -> Checkpoint | None:
 
 def _digest(folder: Path, files: list[Path]) -> str:
     seen = hashlib.sha256()
-    for name in ("config.json", "model.safetensors.index.json", "manifest.json"):
+    for name in ("config.json", INDEX, MANIFEST):
         if (file := folder / name).exists():
             seen.update(name.encode() + file.read_bytes())
     for file in files:
         with file.open("rb") as f:
-            length = min(int.from_bytes(f.read(8), "little"), MAX_HEADER)
+            length = min(int.from_bytes(f.read(8), "little"), MAX_HEADER_BYTES)
             seen.update(f"{file.name} {file.stat().st_size} ".encode() + f.read(length))
     return seen.hexdigest()

@@ -5,14 +5,12 @@ What it reads and runs goes through `Machine`, so that a test may put a recorded
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import re
 import resource
 import shutil
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterable
@@ -27,7 +25,7 @@ from v4_ascend.deploy.doctor.facts import Facts, Interface, Output, Question, Sp
 from v4_ascend.deploy.doctor.operators import run_probe
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.state import state_root
-from v4_ascend.deploy.torchrun import SIOCGIFADDR
+from v4_ascend.deploy.torchrun import addresses
 from v4_ascend.errors import PortInUseError
 
 PEER_SECONDS = 2.0  # ours: a host of the same cluster answers in milliseconds
@@ -185,15 +183,9 @@ def _packages() -> dict[str, str]:
 
 def _interfaces(machine: Machine) -> dict[str, Interface]:
     found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        for _, name in socket.if_nameindex():
-            try:
-                raw = fcntl.ioctl(s, SIOCGIFADDR, struct.pack("256s", name.encode()))
-                address = socket.inet_ntoa(raw[20:24])
-            except OSError:
-                address = None  # it has none
-            mtu = machine.read(f"/sys/class/net/{name}/mtu")
-            found[name] = Interface(address, int(mtu or 0))
+    for name, address in addresses():
+        mtu = machine.read(f"/sys/class/net/{name}/mtu")
+        found[name] = Interface(address, int(mtu or 0))
     return found
 
 

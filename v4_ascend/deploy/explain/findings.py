@@ -14,9 +14,7 @@ from v4_ascend.deploy.explain.reading import Line, Stamp, lines_with
 from v4_ascend.supernode.plan import Plan
 
 WRAPPED_SECONDS = 60.0  # how long after a wrapper its rank still tells what it wraps
-MESSAGE_LINES = (
-    40  # and how many lines its message may have, of which only the first names the rank
-)
+MESSAGE_LINES = 40  # of its message, of which only the first names the rank
 # Lines that look like errors without being known, and those that never are.
 _LIKE_ERRORS = ("[ERROR]", " ERROR ", "Error: ", "error: ", "Exception: ", "error code")
 _IS_ERROR = re.compile(

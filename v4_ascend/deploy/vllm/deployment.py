@@ -54,6 +54,7 @@ class VllmDeployment(Deployment):
 
         Raises:
             BackendUnavailableError: there is no `vllm` here.
+            NotYetError, ConfigError: what the topology asks for cannot be started here.
             PortInUseError: before anything is started.
             DeployError: a process ended that should not have.
             DeadlineError: not ready in time.
@@ -99,7 +100,15 @@ class VllmDeployment(Deployment):
                 t.where("serve.api_keys"),
                 f"serve.api_keys: {len(t.serve.api_keys)}; vLLM takes one from its environment",
             )
-        if any(x.role == "proxy" for x in self.launches) and PROXY_KEY not in os.environ:
+        if not any(x.role == "proxy" for x in self.launches):
+            return
+        if t.model.reference is not None:
+            raise NotYetError(
+                t.where("model.reference"),
+                "model.reference: not yet with prefill and decode apart and engine vllm; leave it "
+                "away, and the canary is called unreferenced",
+            )
+        if PROXY_KEY not in os.environ:
             raise ConfigError(
                 PROXY_KEY,
                 f"not set; prefill and decode apart need vllm-ascend's {PROXY} (examples/"
@@ -130,7 +139,8 @@ class VllmDeployment(Deployment):
         """Wait until a process answers; one without an API must only live."""
         while launch.url is not None and not self._signals:
             self._require_alive()
-            if launch.role == "proxy" or self._is_up(launch.url):
+            # A proxy has no models of its own: that it answers at all is what it can show.
+            if _answers(launch.url) if launch.role == "proxy" else self._is_up(launch.url):
                 self.report(f"{launch.name} answers at {launch.url}")
                 return
             self._require_time(deadline, f"{launch.name} does not answer", timeout_s)
@@ -155,7 +165,7 @@ class VllmDeployment(Deployment):
     def _check(self) -> None:
         """Run the canary and, if asked to, the conformance cases; say that it is ready."""
         found, reference = "unreferenced", self.topology.model.reference
-        if reference is not None and self.launches[-1].role != "proxy":
+        if reference is not None:
             self._write_state("checking", None)
             found = str(canary(self.url, self.plan.model_name, Path(reference), self._headers()))
         if self.conformance is not None:

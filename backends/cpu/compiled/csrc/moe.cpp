@@ -15,6 +15,10 @@ void weigh(const float* score, const int64_t* ids, int64_t topk, float route_sca
   for (int64_t k = 0; k < topk; k++) weights[k] = score[ids[k]] / total * route_scale;
 }
 
+int64_t n_outside(const int64_t* ids, int64_t n, int64_t n_experts) {
+  return std::count_if(ids, ids + n, [=](int64_t id) { return id < 0 || id >= n_experts; });
+}
+
 }  // namespace
 
 extern "C" {
@@ -41,8 +45,10 @@ void topk_gate(const float* logits, const float* bias, float* weights, int64_t* 
   });
 }
 
-void hash_gate(const float* logits, const int64_t* ids, float* weights, int64_t tokens,
-               int64_t n_experts, int64_t topk, float route_scale) {
+// Return how many ids are no experts; nothing is computed if there are any.
+int64_t hash_gate(const float* logits, const int64_t* ids, float* weights, int64_t tokens,
+                  int64_t n_experts, int64_t topk, float route_scale) {
+  if (int64_t wrong = n_outside(ids, tokens * topk, n_experts)) return wrong;
   parallel(tokens, 64 * topk, [=](int64_t begin, int64_t end) {
     std::vector<float> score(n_experts);
     for (int64_t t = begin; t < end; t++) {
@@ -51,16 +57,20 @@ void hash_gate(const float* logits, const int64_t* ids, float* weights, int64_t 
       weigh(score.data(), chosen, topk, route_scale, weights + t * topk);
     }
   });
+  return 0;
 }
 
 // Order the pairs (token, choice) by expert, in their own order within one; count each expert's.
-void moe_order(const int64_t* ids, int64_t n_pairs, int64_t n_experts, int64_t* group_sizes,
-               int64_t* source) {
+// Return how many ids are no experts; nothing is ordered if there are any.
+int64_t moe_order(const int64_t* ids, int64_t n_pairs, int64_t n_experts, int64_t* group_sizes,
+                  int64_t* source) {
+  if (int64_t wrong = n_outside(ids, n_pairs, n_experts)) return wrong;
   std::fill_n(group_sizes, n_experts, 0);
   for (int64_t i = 0; i < n_pairs; i++) group_sizes[ids[i]]++;
   std::vector<int64_t> next(n_experts, 0);
   for (int64_t e = 1; e < n_experts; e++) next[e] = next[e - 1] + group_sizes[e - 1];
   for (int64_t i = 0; i < n_pairs; i++) source[next[ids[i]]++] = i;
+  return 0;
 }
 
 // rows[r] = x[source[r] / topk], row_weights[r] = weights[source[r]]
