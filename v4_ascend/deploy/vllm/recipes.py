@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,17 +16,11 @@ from v4_ascend.supernode.planning import MANY_EXPERTS, PoolPlan
 Condition = Literal[
     "networked", "several_hosts", "split", "tp", "dsa_cp", "int8", "draft", "many_experts"
 ]
-MAPS = ("env", "flags", "additional", "ascend_compilation", "compilation", "speculative",
-        "transfer")  # fmt: skip
 
 
-class Setting(Section):
-    """Variables and flags, and for what they hold."""
+class Recipe(Section):
+    """What holds for one pool; or, of a setting, what it adds."""
 
-    families: tuple[str, ...] = ()
-    roles: tuple[Role, ...] = ()
-    needs: tuple[Condition, ...] = ()
-    without: tuple[Condition, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
     flags: dict[str, str] = Field(default_factory=dict)
     additional: dict[str, bool] = Field(default_factory=dict)
@@ -35,6 +28,15 @@ class Setting(Section):
     compilation: dict[str, str] = Field(default_factory=dict)
     speculative: dict[str, bool] = Field(default_factory=dict)
     transfer: dict[str, str] = Field(default_factory=dict)
+
+
+class Setting(Recipe):
+    """Variables and flags, and for what they hold."""
+
+    families: tuple[str, ...] = ()
+    roles: tuple[Role, ...] = ()
+    needs: tuple[Condition, ...] = ()
+    without: tuple[Condition, ...] = ()
     source: str
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
 
@@ -58,19 +60,6 @@ class Recipes(Section):
     vllm_ascend: str
     settings: tuple[Setting, ...]
     transfer: tuple[TransferPorts, ...]
-
-
-@dataclass
-class Recipe:
-    """What holds for one pool, entry over entry."""
-
-    env: dict[str, str] = field(default_factory=dict)
-    flags: dict[str, str] = field(default_factory=dict)
-    additional: dict[str, bool] = field(default_factory=dict)
-    ascend_compilation: dict[str, bool] = field(default_factory=dict)
-    compilation: dict[str, str] = field(default_factory=dict)
-    speculative: dict[str, bool] = field(default_factory=dict)
-    transfer: dict[str, str] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=1)
@@ -109,6 +98,6 @@ def recipe_for(pool: PoolPlan) -> Recipe:
         if s.roles and pool.system.role not in s.roles:
             continue
         if met.issuperset(s.needs) and met.isdisjoint(s.without):
-            for name in MAPS:
+            for name in Recipe.model_fields:
                 getattr(found, name).update(getattr(s, name))
     return found
