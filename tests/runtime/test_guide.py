@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from v4_ascend.chat import ChatTokenizer
 from v4_ascend.chat.byte_tokenizer import write_byte_tokenizer
@@ -237,6 +238,40 @@ def test_a_sampler_draws_what_the_grammar_allows(tokenizer, guides):
         start += len(ids)
         ids = drawn[-1:]
     assert tokenizer.decode(drawn[:-1]) in ("yes", "no")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_guesses_right_wrong_and_forbidden_leave_a_grammar_as_it_is(tokenizer, guides, seed):
+    rules = Rules(2, grammar=grammar_of(tokenizer, answer=json_piece(PERSON)))
+    rng, eos = random.Random(seed), tokenizer.eos_id
+    logits = torch.randn(400, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+    def write(guess_of):
+        sampler = Sampler(VOCAB, eos, torch.device("cpu"), guides)
+        ids, start, drawn = [5, 6], 0, []
+        while eos not in drawn:
+            guess = guess_of(len(drawn))
+            step = SequenceStep(
+                *(1, 0, ids + guess, start, Sampling(1.0, 1.0, 4)),
+                rules=None if start else rules,
+                n_drafts=len(guess),
+            )
+            sampler.take([step])
+            behind = [replace(step, token_ids=ids, n_drafts=0), step][: 1 + len(guess)]
+            rows = logits[len(drawn) : len(drawn) + len(behind)]
+            new = sampler.draw(behind, rows)
+            assert new[0].error is None
+            n_right = int(guess == [new[0].token_id] and guess != [eos])
+            drawn += [s.token_id for s in new[: 1 + n_right]]
+            start += len(ids) + n_right
+            ids = drawn[-1:]
+        return drawn
+
+    plain = write(lambda n: [])
+    guesses = [*plain, eos], rng.choices(range(VOCAB), k=400)
+    assert write(lambda n: [guesses[rng.random() < 0.4][n]] if rng.random() < 0.8 else []) == plain
+    parsed = json.loads(tokenizer.decode(plain[:-1]))
+    assert set(parsed) == set(PERSON["required"])
 
 
 def test_a_guide_that_fails_is_an_error_of_its_request_alone(tokenizer, guides):

@@ -171,7 +171,7 @@ class Engine:
                 continue
             for n_behind in range(s.n_drafts, -1, -1):
                 ids = s.token_ids[: len(s.token_ids) - n_behind]
-                wanted.append((i, replace(s, token_ids=ids)))
+                wanted.append((i, replace(s, token_ids=ids, n_drafts=s.n_drafts - n_behind)))
                 rows.append(stop - 1 - n_behind - begin)
         if not wanted:
             return drawn

@@ -66,6 +66,10 @@ class Guide:
         """Whether only the end token may follow."""
         return self._matcher.is_stopped()
 
+    def copy(self) -> Guide:
+        """Return one that goes its own way from here."""
+        return Guide(self._matcher.deep_copy(), self._vocab_size)
+
     def take(self, drawn: Sequence[int]) -> None:
         """Go on by drawn tokens."""
         for token in drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -34,6 +35,7 @@ class Shaper:
                 raise ValueError("a grammar, and no tokenizer to follow it with")
             self._guide = guides.guide(rules.grammar)
         self._n_known = rules.n_before
+        self._guesses: list[int] = []  # of the last step: the next one starts behind right ones
         self._n_drawn = 0
         self._counts = torch.zeros(vocab_size, device=device)
         n_prompt = len(rules.before) - rules.n_drawn
@@ -51,10 +53,25 @@ class Shaper:
         return self._guide.error if self._guide is not None else None
 
     def take(self, step: SequenceStep) -> None:
-        """Take in the tokens of a step that were drawn, each once."""
-        new = step.token_ids[max(0, self._n_known - step.start) :]
+        """Take in the tokens of a step that were drawn, each once; of its guesses none yet."""
+        n = len(step.token_ids) - step.n_drafts
+        n_known = self._n_known
+        right = self._guesses[: max(0, step.start - n_known)]
+        new = right + step.token_ids[max(0, n_known - step.start) : n]
         self._n_known += len(new)
+        self._guesses = step.token_ids[n:]
         self._count(new)
+
+    def behind(self, guesses: Sequence[int]) -> Shaper:
+        """Return a shaper that has taken in guesses too; this one stays as it is."""
+        if not guesses:
+            return self
+        other = copy(self)
+        other._counts = self._counts.clone()
+        if self._guide is not None:
+            other._guide = self._guide.copy()
+        other._count(guesses)
+        return other
 
     def shape(self, row: torch.Tensor, eos_id: int) -> None:
         """Change logits in place, ``[vocab_size]``, fp32."""
@@ -110,14 +127,19 @@ class Sampler:
     def draw(self, sequences: Sequence[SequenceStep], logits: torch.Tensor) -> list[Sampled]:
         """Draw a token for each sequence from its row of logits, ``[n, vocab_size]``, fp32.
 
-        Log probabilities are the model's own: those before any rule.
+        A sequence's guesses are taken for drawn. Log probabilities are the model's own: those
+        before any rule.
         """
         shaped = logits
+        shapers: list[Shaper | None] = [None] * len(sequences)
         if any(s.slot in self._shapers for s in sequences):
             shaped = logits.clone()
-            for s, row in zip(sequences, shaped, strict=True):
-                if s.slot in self._shapers and self._shapers[s.slot].error is None:
-                    self._shapers[s.slot].shape(row, self._eos_id)
+            for i, (s, row) in enumerate(zip(sequences, shaped, strict=True)):
+                if (known := self._shapers.get(s.slot)) is None:
+                    continue
+                shapers[i] = shaper = known.behind(s.token_ids[len(s.token_ids) - s.n_drafts :])
+                if shaper.error is None:
+                    shaper.shape(row, self._eos_id)
         settings = [s.sampling for s in sequences if s.sampling is not None]
         device = logits.device
         ids = sample(
@@ -130,8 +152,9 @@ class Sampler:
             torch.tensor([s.min_p for s in settings], device=device),
         ).tolist()
         out = []
-        for sequence, setting, row, token in zip(sequences, settings, logits, ids, strict=True):
-            shaper = self._shapers.get(sequence.slot)
+        for sequence, setting, row, token, shaper in zip(
+            sequences, settings, logits, ids, shapers, strict=True
+        ):
             if shaper is not None and shaper.error is not None:
                 out.append(Sampled(sequence.request, self._eos_id, None, [], shaper.error))
                 continue

@@ -246,7 +246,7 @@ class Scheduler:
             progress.landed(part, n_accepted, self._pool(progress))
             if new and new[-1].finish:
                 progress.is_cancelled = True
-            elif new and self._may_draft(progress):
+            elif new and self.drafts and progress.request.max_tokens - progress.n_drawn > 1:
                 progress.draft = of_request[-1].draft
             self._release_unused(progress)
             tokens += new
@@ -274,11 +274,6 @@ class Scheduler:
         is_judged = self.counters.drafted >= PROBATION
         if is_judged and self._acceptance < self.limits.min_acceptance:
             self.drafts = False
-
-    def _may_draft(self, progress: Progress) -> bool:
-        """Whether the draft is worth a place: rules would have to be applied to it in between."""
-        left = progress.request.max_tokens - progress.n_drawn
-        return self.drafts and left > 1 and progress.request.rules is None
 
     def _pool(self, progress: Progress) -> PagePool:
         if progress.slot is None:
