@@ -120,6 +120,9 @@ def deploy_command(
 
 def _preflight(wanted: Topology, topology: str, *, skip: bool) -> None:
     """Look at every host before anything starts, or say what was not looked at."""
+    from v4_ascend.deploy.torchrun import require_first_here
+
+    require_first_here([h for s in wanted.cluster.supernodes for h in s.hosts or ()])
     if skip:
         what = "versions, devices, network, clocks, memory, disks, checkpoints"
         typer.echo(f"{wanted.name}: preflight skipped: {what}", err=True)

@@ -29,6 +29,12 @@ GIVE_UP_SECONDS = 15.0
 KILL_SECONDS = 5.0
 # Settings of the deploying shell that hold for the ranks of all hosts.
 PASSED_ON = ("V4_ASCEND_", "OMP_", "HCCL_", "ASCEND_", "NCCL_", "GLOO_", "XDG_STATE_HOME")
+OWN = ("V4_ASCEND_HOST", "V4_ASCEND_ADDRESS", "V4_ASCEND_NIC")  # of one host alone
+
+
+def passed_on() -> dict[str, str]:
+    """Return what of this environment other hosts get too."""
+    return {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and k not in OWN}
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -45,8 +51,7 @@ class Bundle(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, plan: Plan, host: str, address: Address, meeting: Meeting) -> Bundle:
         """Gather it on the deploying host."""
-        env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
-        env.pop("V4_ASCEND_HOST", None)
+        env = passed_on()
         link = {k: str(v) for k, v in address.__dict__.items() if k != "front_pid"}
         return cls(
             __version__,

@@ -24,7 +24,7 @@ from v4_ascend.deploy import agent
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
-from v4_ascend.deploy.torchrun import Meeting, hosts_of, torchrun
+from v4_ascend.deploy.torchrun import Meeting, address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
@@ -231,4 +231,4 @@ def _meeting(first: str, n_hosts: int) -> Meeting:
     """Choose a port on this host, the first one, where the hosts' agents meet."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         s.bind(("", 0))
-        return Meeting(f"{socket.gethostbyname(first)}:{s.getsockname()[1]}", n_hosts)
+        return Meeting(f"{address_of(first)}:{s.getsockname()[1]}", n_hosts)

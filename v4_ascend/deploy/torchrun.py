@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def torchrun(
     if meeting is None:
         where = ["--nnodes", "1", "--rdzv-endpoint", "127.0.0.1:0"]
     else:
-        address = socket.gethostbyname(host)
+        address = address_of(host)
         env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address, host))
         is_first = host == plan.ranks[0].host
         where = ["--nnodes", str(meeting.n_hosts), "--rdzv-endpoint", meeting.endpoint]
@@ -68,6 +68,28 @@ def torchrun(
         *("-m", "v4_ascend.runtime.worker", str(folder)),
     ]
     return command, env | {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${local_rank}]: "}
+
+
+def require_first_here(hosts: Sequence[str]) -> None:
+    """Refuse several hosts whose first one is another machine than this.
+
+    Raises:
+        DeployError: naming it, or that its name does not resolve.
+    """
+    if len(hosts) > 1:
+        interface_of(address_of(hosts[0]), hosts[0])
+
+
+def address_of(host: str) -> str:
+    """Return a host's address for the others; V4_ASCEND_ADDRESS wins over its name, here.
+
+    Raises:
+        DeployError: the name does not resolve.
+    """
+    try:
+        return os.environ.get("V4_ASCEND_ADDRESS") or socket.gethostbyname(host)
+    except OSError as e:
+        raise DeployError(f"{host}: its name does not resolve here ({e.strerror})") from e
 
 
 def interface_of(address: str, host: str) -> str:

@@ -135,11 +135,12 @@ class Sampler:
         if any(s.slot in self._shapers for s in sequences):
             shaped = logits.clone()
             for i, (s, row) in enumerate(zip(sequences, shaped, strict=True)):
-                if (known := self._shapers.get(s.slot)) is None:
+                if s.slot not in self._shapers:
                     continue
-                shapers[i] = shaper = known.behind(s.token_ids[len(s.token_ids) - s.n_drafts :])
-                if shaper.error is None:
-                    shaper.shape(row, self._eos_id)
+                guesses = s.token_ids[len(s.token_ids) - s.n_drafts :]
+                shapers[i] = behind = self._shapers[s.slot].behind(guesses)
+                if behind.error is None:
+                    behind.shape(row, self._eos_id)
         settings = [s.sampling for s in sequences if s.sampling is not None]
         device = logits.device
         ids = sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import msgspec
 
 from v4_ascend.config.devices import device_profile
 from v4_ascend.config.topology import Topology, is_remote
-from v4_ascend.deploy.agent import PASSED_ON
+from v4_ascend.deploy.agent import passed_on
 from v4_ascend.deploy.doctor import (
     devices,
     hccl,
@@ -28,7 +27,8 @@ from v4_ascend.deploy.doctor.facts import Answer, Facts, Question
 from v4_ascend.deploy.doctor.finding import AcrossCheck, Check, Expected, Finding, Host
 from v4_ascend.deploy.doctor.gathering import gather
 from v4_ascend.deploy.ssh import SSH
-from v4_ascend.errors import ConfigError, PreflightError
+from v4_ascend.deploy.torchrun import require_first_here
+from v4_ascend.errors import ConfigError, DeployError, PreflightError
 
 HERE = "this host"
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
@@ -84,9 +84,9 @@ def expected_of(topology: Topology) -> dict[str, Expected]:
 def questions_of(
     topology: Topology, expected: Mapping[str, Expected], timeout_s: float, *, probe: bool
 ) -> list[Question]:
-    """Return what to ask each host; the first one is asked here."""
+    """Return what to ask each host."""
     path, hosts = topology.model.checkpoint, list(expected)
-    env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+    env = passed_on()
     questions = []
     for i, (host, wanted) in enumerate(expected.items()):
         kind = "cpu" if wanted.emulated else wanted.kind
@@ -141,11 +141,17 @@ def ask_over_ssh(question: Question) -> Answer:
 
 
 def ask_all(questions: Sequence[Question], remote: Ask = ask_over_ssh) -> list[Answer]:
-    """Ask the first host here and the others at once, in the questions' order."""
-    first, *others = questions
-    with ThreadPoolExecutor(max(len(others), 1)) as pool:
-        answers = [pool.submit(remote, q) for q in others]
-        return [ask_here(first), *(a.result() for a in answers)]
+    """Ask all hosts at once; return their answers in the questions' order.
+
+    The first one is asked here, if that is where we are: doctor is run from elsewhere too.
+    """
+    try:
+        require_first_here([q.host for q in questions])
+        first: Ask = ask_here
+    except DeployError:
+        first = remote
+    with ThreadPoolExecutor(len(questions)) as pool:
+        return list(pool.map(lambda q: (first if q is questions[0] else remote)(q), questions))
 
 
 def judge(answers: Sequence[Answer], expected: Mapping[str, Expected]) -> list[Finding]:
