@@ -84,6 +84,29 @@ def test_a_rank_that_says_why_it_failed_is_believed(checkpoint):
     assert (verdict.rank, verdict.reason) == (2, "failed: ParityError: not finite")
 
 
+@pytest.mark.parametrize("has_pidfd", [True, False])
+@pytest.mark.parametrize("first", range(4))
+def test_of_ranks_that_all_ended_the_first_is_blamed(checkpoint, first, has_pidfd, monkeypatch):
+    """Torchrun ends the others before anyone has looked."""
+    if not has_pidfd:
+        monkeypatch.setattr(os, "pidfd_open", lambda pid: os.open("/nothing", 0))  # an old kernel
+    plan = make_plan(checkpoint, LAYOUT)
+    watch = Watch(plan)
+    sleepers = [subprocess.Popen(["sleep", "60"]) for _ in plan.ranks]
+    for rank, sleeper in enumerate(sleepers):
+        watch.met(rank, sleeper.pid)
+        watch.ranks[rank].heard = 999.0 - (rank == first)
+    assert watch.look(1000.0, None, 0) is None
+    for rank in sorted(range(4), key=lambda r: (r != first, -r)):
+        sleepers[rank].kill()
+        sleepers[rank].wait()
+    verdict = watch.look(1000.0, None, 0)
+    assert (verdict.rank, verdict.reason) == (first, f"ended (pid {sleepers[first].pid})")
+    assert watch.look(1000.0, None, 0).rank == first
+    watch.forget()
+    assert watch.look(1000.0, None, 0) is None
+
+
 def test_values_that_are_not_finite_name_the_stage(checkpoint):
     plan = make_plan(checkpoint, {}, kernels="reference")
     with use_policy(kernels="reference"):

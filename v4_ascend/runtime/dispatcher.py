@@ -221,7 +221,7 @@ class Dispatcher:
             return  # its heartbeat
         if known is not None:
             self._lose(f"{self.watch.name(rank)} was started again (pid {hello.pid})")
-        self.watch.ranks[rank] = RankState(hello.pid)
+        self.watch.met(rank, hello.pid)
         if self.health.state != "failed":
             self.health.state = "loading"
         if len(self.watch.ranks) == self.plan.parallel.world_size:

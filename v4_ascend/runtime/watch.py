@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,12 +66,40 @@ class Watch:
         self.is_local = [r.host == here for r in plan.ranks]
         # Before exchanges give up themselves: that would blame whoever waited in them.
         self._give_up_silent, self._give_up_stuck = comm_timeout() / 4, comm_timeout() / 2
+        self._epoll = select.epoll()
+        self._pidfds: dict[int, int] = {}  # -> rank
+        self._ended: list[int] = []
         self.forget()
 
     def forget(self) -> None:
         """Start anew, with no rank known."""
         self.ranks: dict[int, RankState] = {}
         self._failures: list[tuple[int, str, float]] = []
+        for fd in self._pidfds:
+            os.close(fd)  # and epoll forgets it
+        self._pidfds, self._ended = {}, []
+
+    def met(self, rank: int, pid: int) -> None:
+        """Note that a rank is there."""
+        self.ranks[rank] = RankState(pid)
+        if self.is_local[rank]:
+            with suppress(OSError):  # gone already, or Linux before 5.3: is_alive tells
+                fd = os.pidfd_open(pid)
+                self._pidfds[fd] = rank
+                self._epoll.register(fd, select.EPOLLIN)
+
+    def _dead(self) -> list[int]:
+        """Return local ranks whose process ended, in that order.
+
+        Where one ends torchrun soon ends all others, maybe before we look; epoll's queue is in
+        the order of what happened. Without it those silent for longest come first.
+        """
+        for fd, _ in self._epoll.poll(0):
+            self._ended.append(self._pidfds.pop(fd))
+            os.close(fd)
+        unseen = [r for r in self.ranks if self.is_local[r] and r not in self._ended]
+        gone = [r for r in unseen if not is_alive(self.ranks[r].pid)]
+        return self._ended + sorted(gone, key=lambda r: self.ranks[r].heard)
 
     def failed(self, rank: int, reason: str, now: float) -> None:
         """Note that a rank says it cannot go on."""
@@ -79,8 +109,7 @@ class Watch:
         """Judge, given the oldest step in flight and when it was sent."""
         failed = {rank for rank, _, _ in self._failures}
         others = {r: s for r, s in self.ranks.items() if r not in failed}
-        dead = [r for r, s in others.items() if self.is_local[r] and not is_alive(s.pid)]
-        if dead:
+        if dead := [r for r in self._dead() if r in others]:
             return Verdict(dead[0], f"ended (pid {self.ranks[dead[0]].pid})", "lose")
         if self._failures:
             return self._blamed(now, others)
