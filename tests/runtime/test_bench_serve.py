@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from v4_ascend.cli.app import app
 from v4_ascend.errors import ConfigError
+from v4_ascend.runtime.bench_prediction import Report, compared
 from v4_ascend.runtime.bench_serve import Load, Measured, prompts_of_file, random_prompts
 from v4_ascend.runtime.bench_serve_report import result_of
 
@@ -32,6 +35,68 @@ def test_times_are_what_their_names_say():
     assert r["total_token_throughput"] == pytest.approx((4 + 20) / 4.0)
     assert r["request_goodput"] == pytest.approx(1 / 4.0)
     assert r["errors"] == ["", "", "status 500"]
+
+
+def report(tmp_path, *options):
+    folder = tmp_path / "plan"
+    done = CliRunner().invoke(app, ["plan", "--topology", "laptop", *options, "--out", str(folder)])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_a_plans_figures_stand_beside_what_was_measured(tmp_path):
+    folder = report(tmp_path)
+    chosen = json.loads((folder / "report.json").read_text())["pools"][0]["chosen"]
+    tpot, ttft, throughput = chosen["figures"]
+    predicted = Report.read(folder)
+    n = chosen["batch_per_dp"] * chosen["parallel"]["dp_size"]
+    serve = predicted.serve
+    result = {
+        "mean_tpot_ms": tpot["value"],
+        "mean_ttft_ms": 2 * ttft["high"],
+        "output_throughput": throughput["low"],
+        "input_lens": [serve.input_tokens] * n,
+        "output_lens": [serve.output_tokens] * n,
+        "max_concurrency": None,
+        "num_prompts": n,
+        "request_rate": "inf",
+    }
+    got = compared(predicted, result)
+    assert [f["is_inside"] for f in got["figures"]] == [True, False, True]
+    assert [f["ratio"] for f in got["figures"]][0] == 1
+    assert got["figures"][1]["ratio"] == pytest.approx(2 * ttft["high"] / ttft["value"])
+    assert got["output_throughput_per_device"] == throughput["low"] / chosen["n_used"]
+    assert got["load_differs"] == []
+    other = result | {"max_concurrency": 7 * n, "input_lens": [3], "output_lens": [9]}
+    assert compared(predicted, other)["load_differs"] == [
+        f"prompts of 3 tokens, {serve.input_tokens:,} were planned",
+        f"answers of 9 tokens, {serve.output_tokens:,} were planned",
+        f"{7 * n:,} requests at a time, {n:,} were planned",
+    ]
+
+
+def test_roles_apart_are_compared_by_what_each_does(tmp_path):
+    folder = tmp_path / "plan"
+    command = ["plan", "--topology", "pro-prefill-decode", "--out", str(folder)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    result = dict.fromkeys(("mean_tpot_ms", "mean_ttft_ms", "output_throughput"), 1.0)
+    result |= {"input_lens": [1], "output_lens": [1], "max_concurrency": 1, "num_prompts": 1}
+    got = compared(Report.read(folder), result | {"request_rate": 2.0})
+    names = ["time to first token", "time per output token", "throughput"]
+    assert [f["name"] for f in got["figures"]] == names
+    assert len(got["layout"]) == 2
+    assert "requests came at a rate, a full batch was planned" in got["load_differs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "truncated"), ('{"name": 3}', "str"), (None, "cannot be read")]
+)
+def test_what_is_no_report_is_refused(tmp_path, text, says):
+    file = tmp_path / "report.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        Report.read(tmp_path if text is None else file)
 
 
 def test_prompts_have_their_length_and_differ():

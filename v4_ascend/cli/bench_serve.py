@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,9 @@ def serve_command(
     api_key: Annotated[
         str | None, typer.Option(envvar="V4_ASCEND_API_KEY", help="sent as a bearer token")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="folder of plan --out: compare with what it predicted")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for result.json and a page")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
@@ -41,6 +44,7 @@ def serve_command(
     import httpx
 
     from v4_ascend.cli.progress import reporter
+    from v4_ascend.runtime.bench_prediction import Report, compared
     from v4_ascend.runtime.bench_serve import (
         TIMEOUT_S,
         Load,
@@ -52,6 +56,7 @@ def serve_command(
     from v4_ascend.runtime.bench_serve_report import PERCENTILES, result_of, write_page
 
     limits = dict(_limit(text) for text in goodput or [])
+    predicted = Report.read(plan) if plan is not None else None
     wanted = (
         random_prompts(num_prompts, input_len, output_len, seed)
         if prompts is None
@@ -71,6 +76,8 @@ def serve_command(
 
     measured, seconds = asyncio.run(run())
     result = result_of(measured, seconds, model=model, load=load, goodput=limits)
+    if predicted is not None:
+        result["prediction"] = compared(predicted, result)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "result.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -93,8 +100,28 @@ def serve_command(
             keys = ("mean", *(f"p{p}" for p in PERCENTILES))
             row = " | ".join(f"{result[f'{k}_{name}_ms']:,.1f}" for k in keys)
             typer.echo(f"| {name} | {row} |")
+        if predicted is not None:
+            _print_prediction(result["prediction"])
     if errors:
         raise V4AscendError(f"{len(errors)} of {num_prompts} requests failed: {errors[0]}")
+
+
+def _print_prediction(prediction: dict[str, Any]) -> None:
+    layout = " and ".join(prediction["layout"])
+    typer.echo(
+        f"\nplan {prediction['plan']}, {layout}, {prediction['n_devices']:,} devices: "
+        f"{prediction['output_throughput_per_device']:,.1f} tokens/s drawn per device"
+    )
+    typer.echo("| | predicted | between | measured | ratio |")
+    typer.echo("|---|---|---|---|---|")
+    for f in prediction["figures"]:
+        typer.echo(
+            f"| {f['name']}, {f['unit']} | {f['predicted']:,.1f} {f['label']} | {f['low']:,.1f} to "
+            f"{f['high']:,.1f} | {f['measured']:,.1f} | {f['ratio']:.2f}"
+            f"{'' if f['is_inside'] else ', outside'} |"
+        )
+    for line in prediction["load_differs"]:
+        typer.echo(f"not the load that was planned for: {line}")
 
 
 def _limit(text: str) -> tuple[str, float]:
