@@ -90,13 +90,14 @@ class Policy:
         kernels: ``fast`` tries the backend's kernels in order; ``reference`` runs the
             references in their order, whatever the device.
         fallback: what a call does that no kernel of an accelerator accepts.
-        observe: sees every call made through an op: the op, its arguments by name, its result.
+        around: makes every call of an op: gets the op, the chosen kernel and the arguments, and
+            returns what the kernel returned.
     """
 
     backend: str | None = None
     kernels: Literal["fast", "reference"] = "fast"
     fallback: Literal["error", "reference"] = "error"
-    observe: Callable[[Op[..., Any], dict[str, Any], Any], None] | None = None
+    around: Callable[..., Any] | None = None
 
 
 _policy = Policy()
@@ -213,24 +214,25 @@ class Op(Generic[P, R]):
             return self.reference
         refusals = [f"{k.name}: {k.why_not(*args, **kwargs)}" for k in self.tried(backend)]
         if _policy.fallback == "error":
-            call = ", ".join(_show(n, v) for n, v in self._bind(*args, **kwargs).items())
+            call = ", ".join(_show(n, v) for n, v in self.bind(*args, **kwargs).items())
             raise UnsupportedOpError(self.name, backend, call, refusals)
         _log_fallback(self.name, backend, "; ".join(refusals) or "no kernel")
         return self.reference
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the op on the device its tensors live on."""
-        result = self.select(*args, **kwargs)(*args, **kwargs)
-        if _policy.observe is not None:
-            _policy.observe(self, self._bind(*args, **kwargs), result)
-        return result
+        kernel = self.select(*args, **kwargs)
+        if _policy.around is None:
+            return kernel(*args, **kwargs)
+        return _policy.around(self, kernel, *args, **kwargs)
 
     def inputs(self, case: Case) -> dict[str, Any]:
         """Make the case's CPU inputs: the same on every machine and in every run."""
         seed = int.from_bytes(hashlib.sha256(f"{self.name}/{case.id}".encode()).digest()[:8], "big")
         return case.make(torch.Generator().manual_seed(seed % 2**63))
 
-    def _bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        """Return a call's arguments by name, defaults among them."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)

@@ -14,6 +14,7 @@ from test_deploy import ROOT, Box, wait_for
 from v4_ascend.chat import ChatTokenizer
 from v4_ascend.runtime.conformance.cases import CASES
 from v4_ascend.runtime.conformance.endpoint import CaseFailedError, Endpoint
+from v4_ascend.runtime.operator_times import EVERY
 
 KEY = "secret-1"
 PER_MINUTE = 400
@@ -361,13 +362,44 @@ def test_metrics_count_what_was_served(served):
     assert after["v4_ascend_step_seconds_sum", model] > before["v4_ascend_step_seconds_sum", model]
 
 
+def test_the_time_of_a_step_is_told_by_operator(served):
+    """A timed step is measured whole: its operators, and what is between them."""
+
+    def timed():
+        told = exported(httpx.get(f"{served.url}/metrics").text)
+        where = [("kind", "decode"), ("model_name", "v4-tiny"), ("stage", "0")]
+        n = told.get(("v4_ascend_timed_steps_total", *where), 0)
+        name = "v4_ascend_operator_seconds_total"
+        operators = {dict(key[1:]).get("operator"): v for key, v in told.items() if key[0] == name
+                     and set(where) <= set(key[1:])}  # fmt: skip
+        return n, operators
+
+    before, _ = timed()
+    post(served, "/v1/chat/completions", ASK | {"max_tokens": 2 * EVERY + 4, "ignore_eos": True})
+    after, operators = wait_for(lambda: (found := timed())[0] >= before + 2 and found)
+    assert operators.keys() >= {"sparse_attn", "compress_kv", "hc_pre", "sample", "other"}
+    assert all(seconds >= 0 for seconds in operators.values())
+    steps = exported(httpx.get(f"{served.url}/metrics").text)
+    mean = (
+        steps["v4_ascend_step_seconds_sum", ("model_name", "v4-tiny")]
+        / (steps["v4_ascend_step_seconds_count", ("model_name", "v4-tiny")])
+    )
+    assert sum(operators.values()) / after < 20 * mean
+
+
 def test_every_metric_of_the_dashboard_is_exported(served):
     board = json.loads((ROOT / "configs/grafana.json").read_text())
     queries = [t["expr"] for p in board["panels"] for t in p["targets"]]
     queries += [v["query"] for v in board["templating"]["list"]]
     asked = {m for q in queries for m in re.findall(r"\b(?:vllm:|v4_ascend_)\w+", q)}
     assert len(asked) > 15
-    wait_for(lambda: "imbalance{" in httpx.get(f"{served.url}/metrics").text, seconds=20)
+
+    def told():  # ranks tell with a step
+        post(served, "/v1/chat/completions", ASK | {"max_tokens": EVERY, "ignore_eos": True})
+        text = httpx.get(f"{served.url}/metrics").text
+        return "imbalance{" in text and "v4_ascend_operator_seconds_total{" in text
+
+    wait_for(told)
     names = {key[0] for key in exported(httpx.get(f"{served.url}/metrics").text)}
     assert asked - names == set()
 

@@ -112,6 +112,11 @@ class Groups:
     previous: int | None = None  # the rank with our part of the stage before
     following: int | None = None
 
+    @property
+    def is_first_of_stage(self) -> bool:
+        """Whether no rank of this stage has a lower number."""
+        return self.dp_rank == self.cp.rank == self.tp.rank == 0
+
     @classmethod
     def solo(cls, flight: Flight | None = None) -> Groups:
         """Return the groups of a world of one."""

@@ -19,6 +19,7 @@ from v4_ascend.runtime.messages import (
     ExpertCounts,
     Hello,
     Loading,
+    OperatorTimes,
     Ready,
     Rules,
     Sampling,
@@ -54,6 +55,7 @@ class Dispatcher:
     plan: Plan
     health: Health = field(default_factory=Health)
     observe_step: Callable[[float], None] = lambda _: None  # sees the seconds of each step
+    observe_operators: Callable[[int, OperatorTimes], None] = lambda *_: None  # and of which stage
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.plan)
@@ -201,6 +203,8 @@ class Dispatcher:
                 known.take(message, time.monotonic())
             elif isinstance(message, ExpertCounts):
                 known.counts = message.counts
+            elif isinstance(message, OperatorTimes):
+                self.observe_operators(rank // self.plan.parallel.stage_size, message)
             elif isinstance(message, Loading):
                 known.loaded, known.total = message.done, message.total
                 ranks = self.watch.ranks.values()

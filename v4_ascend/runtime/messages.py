@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -124,6 +126,16 @@ class ExpertCounts(msgspec.Struct, frozen=True, tag=True):
     counts: list[list[int]]
 
 
+class OperatorTimes(msgspec.Struct, frozen=True, tag=True):
+    """Rank to front, at times: seconds of each operator in one step.
+
+    Of its `kind`: every sequence decodes, or some prefill.
+    """
+
+    kind: Literal["decode", "prefill"]
+    seconds: dict[str, float]
+
+
 class Loading(msgspec.Struct, frozen=True, tag=True):
     """Rank to front: bytes read and in all."""
 
@@ -152,5 +164,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromRank = Hello | Beat | ExpertCounts | Loading | Ready | StepResult | Failed
+FromRank = Hello | Beat | ExpertCounts | OperatorTimes | Loading | Ready | StepResult | Failed
 ToRank = Step | Start | End

@@ -11,7 +11,7 @@ over the same chunks make the same calls, whatever kernels they choose.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,19 +36,21 @@ class Trace:
         """Collect one step; the model calls what this yields after every layer."""
         layer, calls = 0, 0
 
-        def call(op: Op[..., Any], arguments: dict[str, Any], result: Any) -> None:
+        def call(op: Op[..., Any], kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal calls
-            for i, output in enumerate(_visible(op, arguments, result)):
+            result = kernel(*args, **kwargs)
+            for i, output in enumerate(_visible(op, op.bind(*args, **kwargs), result)):
                 name = f"trace/{start:05d}/{layer:03d}/{calls:02d}.{op.name}.{i}"
                 self.tensors[name] = _kept(output)
             calls += 1
+            return result
 
         def after(number: int, streams: torch.Tensor) -> None:
             nonlocal layer, calls
             self.tensors[f"trace/{start:05d}/{number:03d}/streams"] = _kept(streams)
             layer, calls = number + 1, 0
 
-        with use_policy(observe=call):
+        with use_policy(around=call):
             yield after
 
 

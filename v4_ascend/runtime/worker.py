@@ -23,6 +23,7 @@ from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.link import Address, RankLink
 from v4_ascend.runtime.messages import Beat, End, ExpertCounts, Failed, Loading, Ready, Start, Step
+from v4_ascend.runtime.operator_times import is_timed, timed
 from v4_ascend.supernode.plan import Plan
 
 BEAT_SECONDS = 1.0
@@ -84,9 +85,15 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
         link.send(Ready(report.kind, report.median_relative_error, resident))
         counted = time.monotonic()
         while isinstance(step := link.receive(), Step):
-            result = engine.step(step)
+            if groups.is_first_of_stage and is_timed(step):
+                with timed(step, device) as times:
+                    result = engine.step(step)
+            else:
+                result, times = engine.step(step), []
             if engine.answers:
                 link.send(result)
+            for measured in times:
+                link.send(measured)
             if time.monotonic() - counted > COUNT_SECONDS:  # it waits for the device
                 link.send(ExpertCounts(engine.expert_counts()))
                 counted = time.monotonic()

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from v4_ascend.runtime.dispatcher import Dispatcher
+from v4_ascend.runtime.messages import OperatorTimes
 from v4_ascend.supernode.plan import Plan
 
 # Buckets as vLLM's, so that its dashboards read the same; seconds and tokens.
@@ -52,6 +53,14 @@ class Metrics:
         self.prompt_lengths = histogram("vllm:request_prompt_tokens", "of a request", _TOKENS)
         self.lengths = histogram("vllm:request_generation_tokens", "of a request", _TOKENS)
         self.steps = histogram("v4_ascend_step_seconds", "of a step on the ranks", _BETWEEN_TOKENS)
+        where = (*LABELS, "stage", "kind")
+        self.operators = Counter(
+            "v4_ascend_operator_seconds",
+            "of each operator in the timed steps, some of all, on a stage's first rank",
+            (*where, "operator"),
+            registry=registry,
+        )
+        self.timed = Counter("v4_ascend_timed_steps", "decode or prefill", where, registry=registry)
         self.prompts = Counter("vllm:prompt_tokens", "prefilled", LABELS, registry=registry)
         self.tokens = Counter("vllm:generation_tokens", "drawn", LABELS, registry=registry)
         for counter in (self.prompts, self.tokens):
@@ -65,6 +74,13 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self.ended.labels(self._model, reason)
         dispatcher.observe_step = self.steps.labels(self._model).observe
+        dispatcher.observe_operators = self._timed_step
+
+    def _timed_step(self, stage: int, times: OperatorTimes) -> None:
+        where = self._model, str(stage), times.kind
+        self.timed.labels(*where).inc()
+        for operator, seconds in times.seconds.items():
+            self.operators.labels(*where, operator).inc(max(0.0, seconds))
 
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""
