@@ -62,7 +62,7 @@ def planted(name, call, run):
 
     def kernel(*args, **kwargs):
         nonlocal calls
-        arguments, number = op._bind(*args, **kwargs), calls
+        arguments, number = op.bind(*args, **kwargs), calls
         calls += 1
         return run(op, arguments) if call(number, arguments) else op.reference(**arguments)
 
