@@ -4,12 +4,16 @@ Every trap T1-T60 has a test named after it, here or in another module, or a rea
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, GOLDEN, build, caches, in_chunks, run
+from conftest import CONFIG, GOLDEN, build, caches, hashed_tensor, in_chunks, run
 
+from v4_ascend.config.inventory import inventory
+from v4_ascend.model.shard import Shard
+from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import (
     compress_kv,
     fp4_gemm,
@@ -37,7 +41,6 @@ NOT_TESTED = {
     23: "no speculative decoding yet; it comes with the serving engine",
     24: "no device streams: the CPU runs operators in order",
     29: "a statement about the published code: streams have the compute dtype",
-    35: "one rank: no pipeline stage could lose the token ids",
     42: "e4m3fnuz does not occur: torch's float8_e4m3fn is the only FP8 here",
     44: "needs the trained weights and an accuracy suite",
     45: "a layout of one vendor kernel that does not exist here",
@@ -325,6 +328,31 @@ def test_trap_t33_the_bias_chooses_and_does_not_weigh():
     weights, ids = topk_gate(torch.zeros(1, 3), bias, 2, 1.0)
     assert sorted(ids[0].tolist()) == [1, 2]
     torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+
+
+def test_trap_t35_a_hash_layer_on_a_later_stage_routes_by_token_ids():
+    last_hashed = CONFIG.n_hash_layers - 1
+    assert last_hashed > 0
+    whole = build(CONFIG, with_mtp=False)
+    batch = caches(CONFIG).batch([Chunk(0, TOKENS[:70], 0)])
+    seen = {}
+    want = whole(batch, caches(CONFIG).layers, lambda layer, x: seen.setdefault(layer, x))
+    specs = {s.name: s for s in inventory(CONFIG)}
+    stage = Transformer.read(
+        lambda name: hashed_tensor(specs[name], CONFIG),
+        CONFIG,
+        whole.numerics,
+        with_mtp=False,
+        shard=replace(Shard.whole(CONFIG), layers=(last_hashed, CONFIG.n_layers)),
+    )
+
+    def of_stage(batch):
+        own = caches(CONFIG).layers[last_hashed : CONFIG.n_layers]
+        return stage(batch, own, streams=seen[last_hashed - 1])
+
+    assert torch.equal(of_stage(batch), want)
+    others = replace(batch, input_ids=batch.input_ids.roll(1))
+    assert not torch.allclose(of_stage(others), want)
 
 
 def test_trap_t43_indexer_queries_and_keys_are_both_rotated_or_neither():
