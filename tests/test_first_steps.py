@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,23 +29,36 @@ def pattern_of(shown):
     return "".join(r"(?:.*\n)*?" if p == ".*\n" or p == ".*\\\n" else p for p in parts)
 
 
+def printed(command, folder, env):
+    """What a shell says, both streams as a terminal shows them."""
+    with subprocess.Popen(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        try:
+            return shell.communicate(timeout=180)[0]
+        finally:
+            if shell.returncode is None:
+                os.killpg(shell.pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "text"), WAYS, ids=[name for name, _ in WAYS])
 def test_a_way_in_leads_where_its_text_says(name, text, tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "160"}
-    for command, shown in steps_of(text):
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=tmp_path,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert re.fullmatch(pattern_of(shown), done.stdout), f"$ {command}\n{done.stdout}"
+    state = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    env = os.environ | {"PATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1"} | state
+    try:
+        for command, shown in steps_of(text):
+            told = printed(command, tmp_path, env)
+            assert re.fullmatch(pattern_of(shown), told), f"$ {command}\n{told}"
+    finally:
+        printed("v4-ascend down mine", tmp_path, env)
 
 
 def test_the_text_is_compared_with_what_is_printed():
@@ -59,4 +73,4 @@ def test_the_text_is_compared_with_what_is_printed():
 
 def test_each_of_the_three_has_a_way():
     assert len(WAYS) == 3
-    assert all(len(list(steps_of(text))) > 3 for _, text in WAYS)
+    assert all(len(list(steps_of(text))) >= 3 for _, text in WAYS)
