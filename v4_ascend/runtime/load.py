@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from v4_ascend.checkpoint.header import TensorHeader
+from v4_ascend.checkpoint.read_ahead import ReadAhead
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
@@ -16,7 +18,7 @@ from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.comm import Groups
 from v4_ascend.supernode.experts import by_number
-from v4_ascend.supernode.holdings import Held, bytes_read, holdings
+from v4_ascend.supernode.holdings import Held, Part, bytes_read, holdings
 from v4_ascend.supernode.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -42,14 +44,17 @@ def load_model(
     checkpoint.require_complete()
     if held is None:
         headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
-        total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
+        parts: list[tuple[TensorHeader, Part | None]]
+        parts = [(h, None) for h in headers if with_mtp or not h.name.startswith("mtp.")]
+        total = sum(h.nbytes for h, _ in parts)
     else:
+        parts = [(checkpoint.headers[name], h.part) for name, h in held.items()]
         total = bytes_read(held)
 
     def tensor(name: str) -> torch.Tensor:
         return checkpoint.tensor(name, held[name].part if held is not None else None)
 
-    source = _counted(tensor, total, progress, device)
+    source = _counted(tensor, ReadAhead(parts), total, progress, device)
     return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
 
 
@@ -79,8 +84,9 @@ def load_rank(
             shard=shard,
             held=holdings(config, plan, plan.ranks[groups.rank]),
         )
-    total = sum(h.nbytes for h in checkpoint.headers.values())
-    source = _counted(checkpoint.tensor, total, progress, device)
+    headers = checkpoint.headers.values()
+    ahead = ReadAhead((h, None) for h in headers)
+    source = _counted(checkpoint.tensor, ahead, sum(h.nbytes for h in headers), progress, device)
     return Transformer.read(source, config, numerics, with_mtp=with_mtp, shard=shard)
 
 
@@ -96,12 +102,17 @@ def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpo
 
 
 def _counted(
-    read: Callable[[str], torch.Tensor], total: int, progress: Progress, device: torch.device | str
+    read: Callable[[str], torch.Tensor],
+    ahead: ReadAhead,
+    total: int,
+    progress: Progress,
+    device: torch.device | str,
 ) -> Callable[[str], torch.Tensor]:
     done = 0
 
     def source(name: str) -> torch.Tensor:
         nonlocal done
+        ahead.reading(name)
         tensor = read(name)
         done += tensor.nbytes
         progress(done, total)
