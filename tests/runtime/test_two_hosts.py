@@ -78,7 +78,8 @@ class Hosts(Box):
             f"cluster:\n  device: cpu\n  supernodes:\n"
             f"    - {{name: here, hosts: [{', '.join(HOSTS.values())}], devices_per_host: 2}}\n"
             f"model: {{checkpoint: {folder / 'tiny'}, name: v4-tiny}}\n"
-            f"serve: {{max_model_len: 1200, concurrency: 4, host: {FRONT}, port: {self.port}}}\n"
+            f"serve: {{max_model_len: 1200, concurrency: 4, host: {FRONT}, port: {self.port}, "
+            f"require_key: false}}\n"
             f"layout: {{pp_size: 2, dp_size: 2, ep_size: 2}}\n"
             f"launcher: ssh\n"
         )

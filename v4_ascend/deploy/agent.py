@@ -18,6 +18,7 @@ from types import FrameType
 import msgspec
 
 from v4_ascend import __version__
+from v4_ascend.config.private import private_folder
 from v4_ascend.deploy.state import state_root
 from v4_ascend.deploy.torchrun import Meeting, torchrun
 from v4_ascend.errors import DeployError, V4AscendError
@@ -81,7 +82,7 @@ def main() -> None:
 def _run(bundle: Bundle) -> int:
     plan = Plan.model_validate_json(bundle.plan)
     folder = state_root() / f"{plan.name}.{bundle.host}"  # hosts may share their home folders
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     Address(**bundle.link, front_pid=None).write(folder)
     plan.write(folder / "plan.json")
     command, env = torchrun(plan, bundle.host, folder, Meeting(bundle.endpoint, bundle.n_hosts))

@@ -20,11 +20,12 @@ from types import FrameType
 import httpx
 import msgspec
 
+from v4_ascend.config.private import open_private, private_folder, private_opener
 from v4_ascend.deploy import agent
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
-from v4_ascend.deploy.torchrun import Meeting, address_of, hosts_of, torchrun
+from v4_ascend.deploy.torchrun import FOLDER, Meeting, address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
@@ -52,7 +53,7 @@ class Deployment:
             DeployError: a process ended that should not have.
             DeadlineError: not ready in time.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(self.folder)
         with self._locked(), self._signals_counted():
             require_free(self.plan.host, self.plan.port)
             self._clear()
@@ -80,7 +81,7 @@ class Deployment:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Be the only one that runs this deployment."""
-        with (self.folder / "lock").open("w") as lock:
+        with open(self.folder / "lock", "w", opener=private_opener) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
@@ -100,8 +101,9 @@ class Deployment:
         """Leave nothing of an earlier run that could be taken for this one's."""
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
             (self.folder / log).unlink(missing_ok=True)
-        if (old := self.folder / "torchrun").exists():
-            shutil.rmtree(old)
+        if (of_ranks := self.folder / FOLDER).exists():
+            shutil.rmtree(of_ranks)
+        private_folder(of_ranks)
         self.plan.write(self.folder / "plan.json")
 
     def _start(
@@ -111,7 +113,7 @@ class Deployment:
         env: dict[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        with self._log(name).open("wb") as log:
+        with open_private(self._log(name)) as log:
             process = subprocess.Popen(
                 command,
                 stdin=stdin,

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from v4_ascend.emulation.environment import environment
 from v4_ascend.errors import DeployError
+from v4_ascend.runtime.link import STORE_FILE
 from v4_ascend.supernode.plan import Plan
 
 MAX_RESTARTS = 3
+FOLDER = "torchrun"  # of a deployment's folder: where ranks meet, and what they write
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 # How each library learns which network interface to use.
 INTERFACE_KEYS = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME",
@@ -43,13 +45,22 @@ def torchrun(
     Raises:
         DeployError: the host's name is no address of this machine.
     """
-    env = dict(os.environ) | {"V4_ASCEND_HOST": host}
+    env = {k: v for k, v in os.environ.items() if k != STORE_FILE} | {"V4_ASCEND_HOST": host}
     python = sys.executable
     if plan.emulated:
         python, env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(environment("npu")), "0"
     n_ranks = sum(r.host == host for r in plan.ranks)
     if meeting is None:
-        where = ["--nnodes", "1", "--rdzv-endpoint", "127.0.0.1:0"]
+        # In files: torchrun's own store listens on every interface of the host, asks nobody who
+        # he is, and unpickles what is put there.
+        where = ["--nnodes", "1", "--rdzv-endpoint", str(folder / FOLDER / "rendezvous")]
+        where += ["--rdzv-conf", "store_type=file"]
+        env |= {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            STORE_FILE: str(folder / FOLDER / "store"),
+        }
+        if plan.backend == "cpu":
+            env.setdefault(INTERFACE_KEYS["cpu"], "lo")
     else:
         address = address_of(host)
         env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address, host))
@@ -64,7 +75,7 @@ def torchrun(
         # Slower than the front's watch: it must see which rank ended before all others are.
         *("--monitor-interval", "1"),
         # Each line says which of the host's ranks wrote it: `logs --rank`.
-        *("--tee", "3", "--log-dir", str(folder / "torchrun")),
+        *("--tee", "3", "--log-dir", str(folder / FOLDER)),
         *("-m", "v4_ascend.runtime.worker", str(folder)),
     ]
     return command, env | {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${local_rank}]: "}

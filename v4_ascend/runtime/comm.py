@@ -20,6 +20,7 @@ import torch.distributed as dist
 from v4_ascend.errors import DeployError
 from v4_ascend.ops import Group, Solo
 from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.link import STORE_FILE
 from v4_ascend.runtime.watch import comm_timeout
 from v4_ascend.supernode.plan import Plan
 
@@ -133,14 +134,15 @@ class Groups:
         """
         p = plan.parallel
         timeout = timedelta(seconds=comm_timeout())
+        store = _store(p.world_size, timeout, attempt)
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
-            store=_store(rank, p.world_size, timeout, attempt),
+            store=store,
             rank=rank,
             world_size=p.world_size,
             timeout=timeout,
         )
-        _agree(plan, rank)
+        _agree(plan, rank, store)
         stage, within = divmod(rank, p.stage_size)
         dp_rank = within // (p.cp_size * p.tp_size)
         mine: dict[str, Group] = {}
@@ -211,25 +213,27 @@ def _hccl_name(handle: dist.ProcessGroup, device: torch.device) -> str:
     return str(backend.get_hccl_comm_name(dist.get_rank(handle)))
 
 
-def _store(rank: int, world_size: int, timeout: timedelta, attempt: int) -> Any:
-    """Meet where torchrun says; its store outlives ranks, whose addresses are an attempt's own.
+def _store(world_size: int, timeout: timedelta, attempt: int) -> Any:
+    """Meet in a file, or on several hosts at torchrun's store: both outlive ranks.
 
-    torchrun's own count of attempts differs between hosts once one of them has lost a rank.
+    Addresses of ranks are an attempt's own. torchrun's own count of attempts differs between hosts
+    once one of them has lost a rank.
     """
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not is_torchruns,
-        timeout=timeout,
-    )
+    store: Any
+    if (file := os.environ.get(STORE_FILE)) is not None:
+        store = dist.FileStore(file, -1)  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
+    else:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, timeout=timeout
+        )
     return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
 
 
-def _agree(plan: Plan, rank: int) -> None:
-    digests: list[str] = [""] * plan.parallel.world_size
-    dist.all_gather_object(digests, plan.digest)
+def _agree(plan: Plan, rank: int, store: Any) -> None:
+    """Compare plans as text: torch's exchange of objects would unpickle what comes."""
+    store.set(f"plan-{rank}", plan.digest)
+    digests = [store.get(f"plan-{r}").decode() for r in range(plan.parallel.world_size)]
     for other, digest in enumerate(digests):
         if digest != digests[0]:
             raise DeployError(
