@@ -83,10 +83,8 @@ class _Index:
                 )
             if not (path / SINGLE).is_file():
                 pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
-                has = f"; {pickles[0]} is a pickle, which is never read: it runs code"
-                raise CheckpointError(
-                    f"{path}: neither {INDEX} nor {SINGLE} is there{has if pickles else ''}"
-                )
+                has = "".join(f"; {p} is a pickle, which is never read" for p in pickles[:1])
+                raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there{has}")
             return cls((path / SINGLE,), {}, None)
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))

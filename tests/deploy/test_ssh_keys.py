@@ -1,0 +1,69 @@
+"""A host whose key is not known, or is another than before, gets nothing of ours."""
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from v4_ascend.deploy.ssh import SSH
+
+SERVER = Path(__file__).parents[1] / "runtime" / "ssh_host.py"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("host", "client", "other"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(keys, free):
+    command = [sys.executable, str(SERVER), "127.0.0.1", str(free), str(keys / "host")]
+    server = subprocess.Popen([*command, str(keys / "client.pub")])
+    yield free
+    server.terminate()
+    server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def free():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ssh(keys, port, known, tmp_path):
+    """Run `echo` there as `deploy` runs its agent; the configuration does not say what to trust."""
+    (tmp_path / "known").write_text(f"[127.0.0.1]:{port} {known}" if known else "")
+    (tmp_path / "config").write_text(
+        f"Port {port}\nIdentityFile {keys / 'client'}\nIdentitiesOnly yes\n"
+        f"UserKnownHostsFile {tmp_path / 'known'}\nGlobalKnownHostsFile /dev/null\n"
+    )
+    command = [SSH[0], "-F", str(tmp_path / "config"), *SSH[1:], "127.0.0.1", "echo reached"]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def test_a_known_host_is_reached(keys, port, tmp_path):
+    deadline = time.monotonic() + 20
+    known = (keys / "host.pub").read_text()
+    while (done := ssh(keys, port, known, tmp_path)).returncode and time.monotonic() < deadline:
+        time.sleep(0.2)  # the server starts
+    assert done.stdout == "reached\n", done.stderr
+
+
+@pytest.mark.parametrize("known", ["nobody", "another key"])
+def test_an_unknown_host_or_a_changed_key_is_refused(keys, port, tmp_path, known):
+    text = (keys / "other.pub").read_text() if known == "another key" else ""
+    done = ssh(keys, port, text, tmp_path)
+    assert (done.returncode, done.stdout) == (255, "")
+    assert "Host key verification failed" in done.stderr
+    assert (tmp_path / "known").read_text().count("\n") == text.count("\n"), "it was not learned"
