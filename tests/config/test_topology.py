@@ -232,3 +232,17 @@ def test_a_key_that_no_header_can_carry_is_refused(read, key):
     """An empty one above all: a request without a key would have it."""
     with pytest.raises(ConfigError, match="api_keys"):
         read(GOOD + f'  api_keys: ["{key}"]\n')
+
+
+@pytest.mark.parametrize(
+    "host", ["", "../../x", "a/b", "/etc/x", "a b", "a\\nreboot", "-oProxyCommand=x", "\\e[2J"]
+)
+def test_a_host_is_no_path_no_option_and_one_word(read, host):
+    for text in (GOOD.replace("localhost", f'"{host}"'), GOOD + f'  host: "{host}"\n'):
+        with pytest.raises(ConfigError, match="host"):
+            read(text)
+
+
+@pytest.mark.parametrize("host", ["node-1.rack_2", "10.0.0.1", "::", "fe80::1%eth0", "me@node-1"])
+def test_names_and_addresses_are_hosts(read, host):
+    assert read(GOOD.replace("localhost", f'"{host}"')).cluster.supernodes[0].hosts == (host,)

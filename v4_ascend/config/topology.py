@@ -17,12 +17,16 @@ from v4_ascend.errors import ConfigError, NotYetError
 
 MAX_DEVICES = 65536  # an HCCL rank table holds no more
 
+# A host becomes a file's name, an argument of ssh and the comment of a script: printable, in one
+# word, no path and no option. Whatever a shell would take for more is quoted where it is written.
+HostName = Annotated[str, Field(pattern=r"^[!-,.0-~][!-.0-~]*$")]
+
 
 class Supernode(Section):
     """Hosts on one fast fabric: by name, or by number for planning."""
 
     name: str = Field(min_length=1)
-    hosts: tuple[str, ...] | None = Field(default=None, min_length=1)
+    hosts: tuple[HostName, ...] | None = Field(default=None, min_length=1)
     host_count: int | None = Field(default=None, ge=1)
     devices_per_host: int = Field(default=1, ge=1)
 
@@ -194,7 +198,7 @@ class Serve(Section):
 
     max_model_len: int = Field(ge=1)
     concurrency: int = Field(default=8, ge=1)
-    host: str = "127.0.0.1"
+    host: HostName = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     objective: Literal["throughput", "latency", "context", "devices"] = "throughput"
     slo: SLO = SLO()
