@@ -21,7 +21,7 @@ from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
-from v4_ascend.runtime.link import STORE_FILE
+from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -87,7 +87,7 @@ def main(folder, rank):
         plan = Plan.model_validate(case["plan"])
         if rank >= plan.parallel.world_size:
             continue
-        os.environ[STORE_FILE] = case["store"]
+        os.environ[STORE] = f"file://{case['store']}"
         groups, logits, facts = run(plan, rank, case["steps"])
         (folder / f"{name}-rank{rank}.json").write_text(json.dumps(facts))
         is_last = groups.following is None

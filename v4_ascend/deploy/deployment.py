@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from v4_ascend.deploy import agent
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
-from v4_ascend.deploy.torchrun import FOLDER, Meeting, address_of, hosts_of, torchrun
+from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
@@ -58,7 +57,7 @@ class Deployment:
             require_free(self.plan.host, self.plan.port)
             self._clear()
             first, *others = hosts_of(self.plan)
-            meeting = _meeting(first, 1 + len(others))
+            meeting = _meeting(first)
             command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
             try:
                 self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
@@ -101,9 +100,6 @@ class Deployment:
         """Leave nothing of an earlier run that could be taken for this one's."""
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
             (self.folder / log).unlink(missing_ok=True)
-        if (of_ranks := self.folder / FOLDER).exists():
-            shutil.rmtree(of_ranks)
-        private_folder(of_ranks)
         self.plan.write(self.folder / "plan.json")
 
     def _start(
@@ -125,7 +121,7 @@ class Deployment:
         self._processes[name] = process
         return process
 
-    def _start_agent(self, host: str, meeting: Meeting) -> None:
+    def _start_agent(self, host: str, meeting: str) -> None:
         """Start a host's ranks over ssh, and keep telling them that we are here."""
         bundle = agent.Bundle.of(self.plan, host, Address.read(self.folder), meeting)
         self._start_remote(f"ranks-{host}", host, "v4_ascend.deploy.agent", bundle)
@@ -229,8 +225,8 @@ class Deployment:
                 process.wait()
 
 
-def _meeting(first: str, n_hosts: int) -> Meeting:
-    """Choose a port on this host, the first one, where the hosts' agents meet."""
+def _meeting(first: str) -> str:
+    """Choose a port on this host, the first one, where the ranks of all hosts meet."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         s.bind(("", 0))
-        return Meeting(f"{address_of(first)}:{s.getsockname()[1]}", n_hosts)
+        return f"{address_of(first)}:{s.getsockname()[1]}"

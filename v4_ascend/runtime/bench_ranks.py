@@ -35,7 +35,7 @@ from v4_ascend.runtime.comm import Groups, joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
-from v4_ascend.runtime.link import STORE_FILE
+from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 from v4_ascend.supernode.planning import deploy_plan
 
@@ -141,7 +141,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     case = msgspec.json.decode((folder / "case.json").read_bytes(), type=Case)
     plan = Plan.model_validate_json(case.plan)
-    os.environ[STORE_FILE] = case.store
+    os.environ[STORE] = f"file://{case.store}"
     torch.set_num_threads(1)
     with joined(plan, rank, torch.device("cpu"), Flight()) as groups, use_policy(backend="cpu"):
         engine = Engine.load(

@@ -7,6 +7,7 @@ needs to know FP8; only sums need their dtype.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from v4_ascend.errors import DeployError
 from v4_ascend.ops import Group, Solo
 from v4_ascend.runtime.flight import Flight
-from v4_ascend.runtime.link import STORE_FILE
+from v4_ascend.runtime.link import STORE
 from v4_ascend.runtime.watch import comm_timeout
 from v4_ascend.supernode.plan import Plan
 
@@ -134,7 +135,7 @@ class Groups:
         """
         p = plan.parallel
         timeout = timedelta(seconds=comm_timeout())
-        store = _store(p.world_size, timeout, attempt)
+        store = _store(rank, p.world_size, timeout, attempt)
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
             store=store,
@@ -213,21 +214,34 @@ def _hccl_name(handle: dist.ProcessGroup, device: torch.device) -> str:
     return str(backend.get_hccl_comm_name(dist.get_rank(handle)))
 
 
-def _store(world_size: int, timeout: timedelta, attempt: int) -> Any:
-    """Meet in a file, or on several hosts at torchrun's store: both outlive ranks.
-
-    Addresses of ranks are an attempt's own. torchrun's own count of attempts differs between hosts
-    once one of them has lost a rank.
-    """
+def _store(rank: int, world_size: int, timeout: timedelta, attempt: int) -> Any:
+    """Meet in a file, or on several hosts at rank 0. Addresses of ranks are an attempt's own."""
+    kind, _, where = os.environ[STORE].partition("://")
     store: Any
-    if (file := os.environ.get(STORE_FILE)) is not None:
-        store = dist.FileStore(file, -1)  # type: ignore[attr-defined]
+    if kind == "file":
+        store = dist.FileStore(where, -1)  # type: ignore[attr-defined]
         store.set_timeout(timeout)
     else:
+        host, _, port = where.rpartition(":")
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, timeout=timeout
+            host,
+            int(port),
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=_listening(host, int(port)) if rank == 0 else None,
         )
     return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+
+
+def _listening(host: str, port: int) -> int:
+    """Return a socket that listens at one address; torch's own would at all of the machine's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, port))
+        s.listen(socket.SOMAXCONN)
+        return s.detach()
 
 
 def _agree(plan: Plan, rank: int, store: Any) -> None:

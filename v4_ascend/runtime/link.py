@@ -22,7 +22,7 @@ from v4_ascend.config.private import write_private
 from v4_ascend.runtime.messages import End, FromRank, Hello, Start, Step, ToRank
 
 FILE = "link.json"
-STORE_FILE = "V4_ASCEND_STORE"  # environment: the file where the ranks of one host meet
+STORE = "V4_ASCEND_STORE"  # environment: where ranks meet, file://PATH or tcp://HOST:PORT
 BEAT = b"-beat"
 
 
