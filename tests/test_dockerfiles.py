@@ -1,6 +1,7 @@
 """Our images: the versions of the matrix, the rules of hadolint, and every RUN line carried out."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -222,6 +223,8 @@ def test_an_image_starts_as_its_user_and_works(built, name):
         done = image.run(words, user=user)
         assert done.returncode == 0, f"{words}: {done.stderr[-800:]}"
         assert says in done.stdout
+    found = json.loads(image.run([*entry, "doctor", "--json"], user=user).stdout)["data"]
+    assert "software.python" in {f["check"] for f in found["findings"]}
 
 
 @pytest.mark.slow
