@@ -17,10 +17,16 @@ from v4_ascend.errors import CheckpointError
 TINY = ModelConfig.read(preset_path("tiny"))
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pristine") / "tiny"
+    write_synthetic(TINY, folder, seed=1)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    write_synthetic(TINY, tmp_path / "tiny", seed=1)
-    return tmp_path / "tiny"
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "tiny")
 
 
 def point(folder, name):
