@@ -4,16 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENVIRONMENTS := npu mindspore triton-ascend
 
-.PHONY: install demo test check verify-emulated clean
+.PHONY: install lock demo test check verify-emulated clean
 
 install: $(VENV)/.installed
 
-# torch is pinned first: an unpinned one brings gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml
+# torch is pinned by version: which build of it comes is for the machine to say.
+$(VENV)/.installed: pyproject.toml locks/cpu.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --require-hashes --no-deps -r locks/cpu.txt
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
+
+# Asks the registry for the newest versions that pyproject allows.
+lock: install
+	$(BIN)/python locks/lock.py
 
 demo: install
 	$(BIN)/python -m v4_ascend.cli.demo

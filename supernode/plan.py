@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from v4_ascend.config.devices import DeviceProfile, device_profile
+from v4_ascend.config.private import write_private
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.experts import LayerPlacement
@@ -88,10 +88,7 @@ class Plan(_Frozen):
 
     def write(self, file: Path) -> None:
         """Write the plan whole or not at all, readable by its owner alone: it may hold keys."""
-        half = file.with_name(f".{file.name}.{os.getpid()}")
-        half.touch(mode=0o600)
-        half.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        half.replace(file)
+        write_private(file, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def read(cls, file: Path) -> Plan:

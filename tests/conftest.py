@@ -13,6 +13,9 @@ import torch
 MAY_LACK = {
     "network namespaces need root and iproute2",
     "no chromium or google-chrome in PATH: the page is tried in a real browser",
+    "no hadolint in PATH: its rules are in tests/dockerfiles.py",
+    "no buildah in PATH: RUN lines are executed in a copy-on-write root",
+    "RUN lines are executed as root, with mount namespaces and overlayfs",
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,17 +40,11 @@ def steps_of(n_dp, ragged=RAGGED):
     return steps
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run_ranks(folder, plans, n_ranks, timeout=240, ragged=RAGGED):
     cases = {
         name: {
             "plan": json.loads(plan.model_dump_json()),
-            "port": free_port(),
+            "store": str(folder / f"{name}.store"),
             "steps": steps_of(plan.parallel.dp_size, ragged),
         }
         for name, plan in plans.items()

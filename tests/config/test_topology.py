@@ -1,3 +1,4 @@
+import re
 import textwrap
 from importlib.resources import files
 
@@ -209,3 +210,39 @@ def test_a_plan_is_read_back_with_its_digest(read, tmp_path):
 def test_a_plan_longer_than_the_model_is_refused(read):
     with pytest.raises(ConfigError, match=r"\(2000000\) exceeds .* \(1048576\)"):
         deploy_plan(read(GOOD, "serve.max_model_len=2000000"), TINY)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "node-1", "fe80::1"])
+def test_beyond_loopback_a_key_is_required_unless_told_otherwise(read, host):
+    text = GOOD + f"  host: '{host}'\n"
+    with pytest.raises(ConfigError, match="beyond loopback and there is no API key") as error:
+        require_supported(read(text))
+    assert re.match(r".*t\.yaml:8: serve\.host: ", str(error.value))
+    require_supported(read(text + "  api_keys: [k]\n"))
+    require_supported(read(text + "  require_key: false\n"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost"])
+def test_on_loopback_none_is(read, host):
+    require_supported(read(GOOD + f"  host: '{host}'\n"))
+
+
+@pytest.mark.parametrize("key", ["", " ", "two words", "line\\nbreak", "Schlüssel"])
+def test_a_key_that_no_header_can_carry_is_refused(read, key):
+    """An empty one above all: a request without a key would have it."""
+    with pytest.raises(ConfigError, match="api_keys"):
+        read(GOOD + f'  api_keys: ["{key}"]\n')
+
+
+@pytest.mark.parametrize(
+    "host", ["", "../../x", "a/b", "/etc/x", "a b", "a\\nreboot", "-oProxyCommand=x", "\\e[2J"]
+)
+def test_a_host_is_no_path_no_option_and_one_word(read, host):
+    for text in (GOOD.replace("localhost", f'"{host}"'), GOOD + f'  host: "{host}"\n'):
+        with pytest.raises(ConfigError, match="host"):
+            read(text)
+
+
+@pytest.mark.parametrize("host", ["node-1.rack_2", "10.0.0.1", "::", "fe80::1%eth0", "me@node-1"])
+def test_names_and_addresses_are_hosts(read, host):
+    assert read(GOOD.replace("localhost", f'"{host}"')).cluster.supernodes[0].hosts == (host,)

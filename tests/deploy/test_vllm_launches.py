@@ -244,6 +244,24 @@ def test_what_is_printed_is_what_a_shell_would_run(tmp_path):
     assert "V4_ASCEND_ADDRESS" in unset.stderr
 
 
+def test_what_a_topology_says_is_quoted_for_a_shell(tmp_path):
+    path = "/models/a'; touch sprung; $(touch sprung) `touch sprung`"
+    said = HOPPER | {"model": {"checkpoint": path, "name": "v4-pro"}}
+    hosts = ["$(touch${IFS}sprung)", ";touch${IFS}sprung"]
+    said["cluster"] = said["cluster"] | {
+        "supernodes": [{"name": "s", "hosts": hosts, "devices_per_host": 8}]
+    }
+    text = script(_launched(tmp_path, said))
+    assert hosts[0] in text
+    done = subprocess.run(
+        ["sh", "-c", "vllm() { printf '%s\\n' \"$@\"; }\n" + text],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "V4_ASCEND_ADDRESS": "10.0.0.1", "V4_ASCEND_NIC": "eth0"},
+    )  # fmt: skip
+    assert path in done.stdout
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_dry_run_prints_the_same_for_scripts(tmp_path):
     file = published.topology_file("pro-950-pd", tmp_path)
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", file, "--dry-run"]

@@ -1,8 +1,8 @@
 """One rank of several plans in turn: ``python parallel_ranks.py FOLDER RANK``. Run by tests.
 
-FOLDER has cases.json: for each case a plan, a port, and steps; a step has for each DP group its
-[slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt, each rank its facts. Plans of
-an emulated NPU run on one: all of a folder are then of the same chip.
+FOLDER has cases.json: for each case a plan, the file where ranks meet, and steps; a step has for
+each DP group its [slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt, each rank its
+facts. Plans of an emulated NPU run on one: all of a folder are then of the same chip.
 """
 
 import json
@@ -21,6 +21,7 @@ from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
+from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -86,7 +87,7 @@ def main(folder, rank):
         plan = Plan.model_validate(case["plan"])
         if rank >= plan.parallel.world_size:
             continue
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case["port"])}
+        os.environ[STORE] = f"file://{case['store']}"
         groups, logits, facts = run(plan, rank, case["steps"])
         (folder / f"{name}-rank{rank}.json").write_text(json.dumps(facts))
         is_last = groups.following is None

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from layouts import make_plan
-from parallel_plans import SCRIPT, free_port, steps_of
+from parallel_plans import SCRIPT, steps_of
 from test_parallel import checkpoint as checkpoint
 
 from v4_ascend.errors import ParityError
@@ -119,7 +119,7 @@ def test_values_that_are_not_finite_name_the_stage(checkpoint):
 
 def test_ranks_of_two_plans_name_both_and_end(checkpoint, tmp_path):
     plans = [make_plan(checkpoint, {"dp_size": 2}, max_chunk=n) for n in (64, 96)]
-    case = {"port": free_port(), "steps": steps_of(2)}
+    case = {"store": str(tmp_path / "store"), "steps": steps_of(2)}
     processes = []
     for rank, plan in enumerate(plans):
         folder = tmp_path / str(rank)

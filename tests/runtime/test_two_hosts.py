@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from test_deploy import ASK, Box, wait_for
+from test_exposure import listening
 
 SERVER = Path(__file__).with_name("ssh_host.py")
 HOSTS = {"v4a-one": "10.77.0.1", "v4a-two": "10.77.0.2"}
@@ -78,7 +80,8 @@ class Hosts(Box):
             f"cluster:\n  device: cpu\n  supernodes:\n"
             f"    - {{name: here, hosts: [{', '.join(HOSTS.values())}], devices_per_host: 2}}\n"
             f"model: {{checkpoint: {folder / 'tiny'}, name: v4-tiny}}\n"
-            f"serve: {{max_model_len: 1200, concurrency: 4, host: {FRONT}, port: {self.port}}}\n"
+            f"serve: {{max_model_len: 1200, concurrency: 4, host: {FRONT}, port: {self.port}, "
+            f"require_key: false}}\n"
             f"layout: {{pp_size: 2, dp_size: 2, ep_size: 2}}\n"
             f"launcher: ssh\n"
         )
@@ -126,6 +129,10 @@ def hosts(cable, tmp_path_factory):
             server.wait(10)
 
 
+def ready(hosts):
+    return httpx.get(f"{hosts.url}/ready", timeout=10)
+
+
 def ask(hosts, **changes):
     body = ASK | {"max_tokens": 12, **changes}
     return httpx.post(f"{hosts.url}/v1/chat/completions", json=body, timeout=90)
@@ -149,6 +156,17 @@ def test_two_hosts_answer_and_a_pulled_cable_is_named(hosts):
     ]
     logs = hosts.run("logs", "two").stdout
     assert f"ranks-{HOSTS['v4a-two']}" in logs or "rank 3: " in logs
+
+    found = listening(hosts.left())
+    assert HOSTS["v4a-one"] in found, "where ranks meet"
+    assert found <= {*HOSTS.values(), FRONT, "127.0.0.1"}, found
+
+    for lost in (3, 0):  # of the other host, and the one at which ranks meet
+        (row,) = hosts.status("two")
+        os.kill(row["ranks"][lost]["pid"], signal.SIGKILL)
+        wait_for(lambda: ready(hosts).status_code == 503)
+        wait_for(lambda: ready(hosts).status_code == 200, seconds=60)
+        assert ask(hosts).json()["choices"] == want
 
     body = ASK | {"max_tokens": 1000, "stream": True}
     began = None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard
 
 from v4_ascend.checkpoint.header import TensorHeader, read_header
 from v4_ascend.checkpoint.inspection import Inspection, inspect_headers
@@ -22,6 +23,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "manifest.json"  # of a folder made for a plan
 MAX_SHOWN = 20  # problems of one kind in a message
+# What is read of a folder, or copied from it. A pickle is code, and is none of these.
+READ = (".safetensors", ".json", ".jinja", ".model", ".txt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class CheckpointFolder:
@@ -30,6 +34,7 @@ class CheckpointFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; a checkpoint is a folder")
+        require_inside(path)
         self.path = path
         self.config = ModelConfig.read(path)
         index = _Index.read(path)
@@ -76,16 +81,18 @@ class _Index:
                     f"{path}: was made for one plan, which {MANIFEST} names; only `deploy` and "
                     "`inspect` read it. Give the checkpoint it was made from"
                 )
-            if not (path / SINGLE).exists():
-                raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there")
+            if not (path / SINGLE).is_file():
+                pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
+                has = "".join(f"; {p} is a pickle, which is never read" for p in pickles[:1])
+                raise CheckpointError(f"{path}: neither {INDEX} nor {SINGLE} is there{has}")
             return cls((path / SINGLE,), {}, None)
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as e:
             raise CheckpointError(f"{file}: is not a safetensors index: {e}") from e
         match raw:
-            case {"weight_map": dict(claimed)} if all(map(_is_file_name, claimed.values())):
-                names = sorted(set(claimed.values()))
+            case {"weight_map": dict(claimed)}:
+                names = shard_names(file, claimed)
             case _:
                 raise CheckpointError(f"{file}: weight_map must give a file name for each tensor")
         total_size: int | None = None
@@ -113,5 +120,39 @@ def _headers(path: Path, index: _Index) -> dict[str, TensorHeader]:
     return found
 
 
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
+def shard_names(index: Path, weight_map: Mapping[str, object]) -> list[str]:
+    """Return the files that an index names, each once, in order.
+
+    Raises:
+        CheckpointError: one is not the name of a safetensors file beside the index.
+    """
+    for name in weight_map.values():
+        if not (is_file_name(name) and name.endswith(".safetensors")):
+            raise CheckpointError(
+                f"{index}: weight_map names {name!r}; it must be a .safetensors file beside it"
+            )
+    return sorted({str(name) for name in weight_map.values()})
+
+
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Say whether it names a file in a folder, and nothing outside it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
+def require_inside(folder: Path) -> None:
+    """Refuse a folder whose files are links to somewhere else; a hub's cache may lie around it.
+
+    Raises:
+        CheckpointError: naming the link and where it leads.
+    """
+    root = folder.resolve()
+    # A hub keeps snapshots/REVISION/FILE as links to blobs/DIGEST of the same repository.
+    around = root.parent.parent if root.parent.name == "snapshots" else root
+    for file in folder.iterdir():
+        if file.suffix in READ and file.is_symlink():
+            target = file.resolve()
+            if not target.is_relative_to(around):
+                raise CheckpointError(
+                    f"{file}: is a link to {target}, outside of the checkpoint; copy it, or make "
+                    "a hard link"
+                )

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from v4_ascend.checkpoint.folder import MANIFEST
+from v4_ascend.checkpoint.folder import MANIFEST, is_file_name
 from v4_ascend.config.inventory import Dtype
 from v4_ascend.errors import CheckpointError
 from v4_ascend.supernode.holdings import Part
@@ -156,9 +156,14 @@ class Manifest(_Record, frozen=True, kw_only=True):
         """Read a manifest.
 
         Raises:
-            CheckpointError: it cannot be read, or is none of this version.
+            CheckpointError: it cannot be read, is none of this version, or names files that are
+                not beside it.
         """
-        return _decoded(file, cls)
+        found = _decoded(file, cls)
+        for name in (*(f.name for f in found.files), *found.copied):
+            if not is_file_name(name):
+                raise CheckpointError(f"{file}: {name!r} is not the name of a file beside it")
+        return found
 
 
 def record_name(file: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from v4_ascend.checkpoint.damage import file_damage
-from v4_ascend.checkpoint.folder import INDEX, MANIFEST, CheckpointFolder
+from v4_ascend.checkpoint.folder import INDEX, MANIFEST, CheckpointFolder, require_inside
 from v4_ascend.checkpoint.header import TensorHeader, read_header
 from v4_ascend.checkpoint.manifest import (
     STARTED,
@@ -27,6 +27,7 @@ class ShardedFolder:
     """What `shard` wrote, from its manifest alone."""
 
     def __init__(self, path: Path) -> None:
+        require_inside(path)
         self.path = path
         self.manifest = Manifest.read(path / MANIFEST)
         self.config = ModelConfig.read(path)

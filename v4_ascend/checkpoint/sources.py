@@ -18,7 +18,7 @@ from typing import Protocol
 
 import httpx
 
-from v4_ascend.checkpoint.folder import INDEX, SINGLE
+from v4_ascend.checkpoint.folder import INDEX, SINGLE, shard_names
 from v4_ascend.checkpoint.header import MAX_HEADER_BYTES
 from v4_ascend.config.topology import is_remote
 from v4_ascend.errors import CheckpointError, ConfigError
@@ -121,13 +121,9 @@ def _shards(index: Path) -> list[str]:
     if not index.exists():
         return [SINGLE]
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = sorted(set(named))
+        return shard_names(index, json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{index}: is not a safetensors index: {e!r}") from e
-    if wrong := [f for f in files if Path(f).name != f]:
-        raise CheckpointError(f"{index}: {wrong[0]!r} is not a file's name")
-    return files
 
 
 def _sketch(client: httpx.Client, url: str, asked: dict[str, str], file: Path, what: str) -> None:

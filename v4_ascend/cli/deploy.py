@@ -171,17 +171,18 @@ def _detach(
     import sys
     import time
 
+    from v4_ascend.config.private import open_private, private_folder
     from v4_ascend.deploy.state import state_root
 
     folder = state_root() / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     log = folder / "supervisor.log"
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", topology]
     command += [a for o in overrides for a in ("--set", o)]
     for option, value in options.items():
         command += [option, str(value)] if value is not None else []
     command += switches
-    with log.open("wb") as out:
+    with open_private(log) as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

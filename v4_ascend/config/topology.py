@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -16,12 +17,16 @@ from v4_ascend.errors import ConfigError, NotYetError
 
 MAX_DEVICES = 65536  # an HCCL rank table holds no more
 
+# A host becomes a file's name, an argument of ssh and the comment of a script: printable, in one
+# word, no path and no option. Whatever a shell would take for more is quoted where it is written.
+HostName = Annotated[str, Field(pattern=r"^[!-,.0-~][!-.0-~]*$")]
+
 
 class Supernode(Section):
     """Hosts on one fast fabric: by name, or by number for planning."""
 
     name: str = Field(min_length=1)
-    hosts: tuple[str, ...] | None = Field(default=None, min_length=1)
+    hosts: tuple[HostName, ...] | None = Field(default=None, min_length=1)
     host_count: int | None = Field(default=None, ge=1)
     devices_per_host: int = Field(default=1, ge=1)
 
@@ -176,6 +181,9 @@ class Workload(Section):
     output_tokens: int = Field(default=1024, ge=1)
 
 
+ApiKey = Annotated[str, Field(pattern=r"^[!-~]+$")]  # what one word of an HTTP header can be
+
+
 class Serve(Section):
     """How requests are served.
 
@@ -183,19 +191,21 @@ class Serve(Section):
     are those of all requests together whose compressed rows are kept, by default `concurrency`
     times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
     group; 0 computes every prompt whole.
-    `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
-    of `cors_origins` may call the API.
+    Beyond loopback `deploy` wants an API key, unless `require_key` is false. `requests_per_minute`
+    is a limit for each API key, or without keys for each address. Web pages of `cors_origins` may
+    call the API.
     """
 
     max_model_len: int = Field(ge=1)
     concurrency: int = Field(default=8, ge=1)
-    host: str = "127.0.0.1"
+    host: HostName = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     objective: Literal["throughput", "latency", "context", "devices"] = "throughput"
     slo: SLO = SLO()
     workload: Workload = Workload()
     memory_utilisation: float = Field(default=0.92, gt=0, le=1)
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()
+    require_key: bool = True
     requests_per_minute: int | None = Field(default=None, ge=1)
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     cors_origins: tuple[str, ...] = ()
@@ -304,6 +314,7 @@ def require_supported(topology: Topology) -> None:
         raise ConfigError(
             t.where("launcher"), f"launcher: {n_hosts} hosts need ssh; local is for one"
         )
+    _require_key(t)
     reference = t.model.reference
     if reference is not None and not Path(reference).is_file():
         raise ConfigError(
@@ -316,3 +327,21 @@ def require_supported(topology: Topology) -> None:
             t.where("model.checkpoint"),
             f"model.checkpoint: {t.model.checkpoint} is relative; several hosts need a path from /",
         )
+
+
+def _require_key(t: Topology) -> None:
+    serve = t.serve
+    if serve.require_key and not serve.api_keys and not is_loopback(serve.host):
+        raise ConfigError(
+            t.where("serve.host"),
+            f"serve.host: {serve.host} is beyond loopback and there is no API key; give "
+            "serve.api_keys, or serve.require_key: false if anybody who reaches it may use it",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches what listens there."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -18,8 +18,9 @@ from types import FrameType
 import msgspec
 
 from v4_ascend import __version__
+from v4_ascend.config.private import private_folder
 from v4_ascend.deploy.state import state_root
-from v4_ascend.deploy.torchrun import Meeting, torchrun
+from v4_ascend.deploy.torchrun import torchrun
 from v4_ascend.errors import DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
@@ -44,12 +45,11 @@ class Bundle(msgspec.Struct, frozen=True):
     host: str
     plan: str
     link: dict[str, str]
-    endpoint: str
-    n_hosts: int
+    meeting: str
     env: dict[str, str]
 
     @classmethod
-    def of(cls, plan: Plan, host: str, address: Address, meeting: Meeting) -> Bundle:
+    def of(cls, plan: Plan, host: str, address: Address, meeting: str) -> Bundle:
         """Gather it on the deploying host."""
         env = passed_on()
         link = {k: str(v) for k, v in address.__dict__.items() if k != "front_pid"}
@@ -58,8 +58,7 @@ class Bundle(msgspec.Struct, frozen=True):
             host,
             plan.model_dump_json(),
             link,
-            meeting.endpoint,
-            meeting.n_hosts,
+            meeting,
             env,
         )
 
@@ -81,10 +80,10 @@ def main() -> None:
 def _run(bundle: Bundle) -> int:
     plan = Plan.model_validate_json(bundle.plan)
     folder = state_root() / f"{plan.name}.{bundle.host}"  # hosts may share their home folders
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     Address(**bundle.link, front_pid=None).write(folder)
     plan.write(folder / "plan.json")
-    command, env = torchrun(plan, bundle.host, folder, Meeting(bundle.endpoint, bundle.n_hosts))
+    command, env = torchrun(plan, bundle.host, folder, bundle.meeting)
     return hold(command, env)
 
 

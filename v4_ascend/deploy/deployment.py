@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +19,12 @@ from types import FrameType
 import httpx
 import msgspec
 
+from v4_ascend.config.private import open_private, private_folder, private_opener
 from v4_ascend.deploy import agent
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
-from v4_ascend.deploy.torchrun import Meeting, address_of, hosts_of, torchrun
+from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
@@ -52,12 +52,12 @@ class Deployment:
             DeployError: a process ended that should not have.
             DeadlineError: not ready in time.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(self.folder)
         with self._locked(), self._signals_counted():
             require_free(self.plan.host, self.plan.port)
             self._clear()
             first, *others = hosts_of(self.plan)
-            meeting = _meeting(first, 1 + len(others))
+            meeting = _meeting(first)
             command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
             try:
                 self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
@@ -80,7 +80,7 @@ class Deployment:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Be the only one that runs this deployment."""
-        with (self.folder / "lock").open("w") as lock:
+        with open(self.folder / "lock", "w", opener=private_opener) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
@@ -100,8 +100,6 @@ class Deployment:
         """Leave nothing of an earlier run that could be taken for this one's."""
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
             (self.folder / log).unlink(missing_ok=True)
-        if (old := self.folder / "torchrun").exists():
-            shutil.rmtree(old)
         self.plan.write(self.folder / "plan.json")
 
     def _start(
@@ -111,7 +109,7 @@ class Deployment:
         env: dict[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        with self._log(name).open("wb") as log:
+        with open_private(self._log(name)) as log:
             process = subprocess.Popen(
                 command,
                 stdin=stdin,
@@ -123,7 +121,7 @@ class Deployment:
         self._processes[name] = process
         return process
 
-    def _start_agent(self, host: str, meeting: Meeting) -> None:
+    def _start_agent(self, host: str, meeting: str) -> None:
         """Start a host's ranks over ssh, and keep telling them that we are here."""
         bundle = agent.Bundle.of(self.plan, host, Address.read(self.folder), meeting)
         self._start_remote(f"ranks-{host}", host, "v4_ascend.deploy.agent", bundle)
@@ -227,8 +225,8 @@ class Deployment:
                 process.wait()
 
 
-def _meeting(first: str, n_hosts: int) -> Meeting:
-    """Choose a port on this host, the first one, where the hosts' agents meet."""
+def _meeting(first: str) -> str:
+    """Choose a port on this host, the first one, where the ranks of all hosts meet."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
         s.bind(("", 0))
-        return Meeting(f"{address_of(first)}:{s.getsockname()[1]}", n_hosts)
+        return f"{address_of(first)}:{s.getsockname()[1]}"

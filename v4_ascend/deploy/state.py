@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from v4_ascend.config.private import write_private
+
 
 def state_root() -> Path:
     """Return the folder of all deployments."""
@@ -42,9 +44,7 @@ class Supervisor:
 
     def write(self, folder: Path) -> None:
         """Write the file whole or not at all."""
-        half = folder / f".supervisor.{self.pid}"
-        half.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        half.replace(folder / "supervisor.json")
+        write_private(folder / "supervisor.json", json.dumps(asdict(self)))
 
 
 def find(name: str) -> Supervisor | None:

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from v4_ascend.config.private import private_folder
 from v4_ascend.emulation.environment import environment
 from v4_ascend.errors import DeployError
+from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 
 MAX_RESTARTS = 3
+FOLDER = "torchrun"  # of a deployment's folder: where ranks meet, and what they write
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 # How each library learns which network interface to use.
 INTERFACE_KEYS = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME",
                   "ascend": "HCCL_SOCKET_IFNAME", "mindspore": "HCCL_SOCKET_IFNAME"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Where the agents of several hosts meet: ``host:port`` on the plan's first host."""
-
-    endpoint: str
-    n_hosts: int
 
 
 def hosts_of(plan: Plan) -> tuple[str, ...]:
@@ -36,9 +31,12 @@ def hosts_of(plan: Plan) -> tuple[str, ...]:
 
 
 def torchrun(
-    plan: Plan, host: str, folder: Path, meeting: Meeting | None
+    plan: Plan, host: str, folder: Path, meeting: str | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return command and environment of a host's ranks; their plan is in `folder`.
+
+    `meeting` is ``address:port`` of the plan's first host, where the ranks of several hosts find
+    each other.
 
     Raises:
         DeployError: the host's name is no address of this machine.
@@ -47,24 +45,29 @@ def torchrun(
     python = sys.executable
     if plan.emulated:
         python, env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = str(environment("npu")), "0"
-    n_ranks = sum(r.host == host for r in plan.ranks)
+    of_ranks = folder / FOLDER
+    shutil.rmtree(of_ranks, ignore_errors=True)
+    private_folder(of_ranks)
     if meeting is None:
-        where = ["--nnodes", "1", "--rdzv-endpoint", "127.0.0.1:0"]
+        env[STORE] = f"file://{of_ranks / 'store'}"
+        if plan.backend == "cpu":
+            env.setdefault(INTERFACE_KEYS["cpu"], "lo")
     else:
-        address = address_of(host)
-        env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address, host))
-        is_first = host == plan.ranks[0].host
-        where = ["--nnodes", str(meeting.n_hosts), "--rdzv-endpoint", meeting.endpoint]
-        where += ["--rdzv-id", plan.digest[:16], "--local-addr", address]
-        where += ["--rdzv-conf", f"is_host={int(is_first)}"]
+        env[STORE] = f"tcp://{meeting}"
+        env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address_of(host), host))
+    # A torchrun of each host's own, which meets nobody: its store listens on every interface, asks
+    # nobody who he is, and unpickles what is put there.
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    n_ranks = sum(r.host == host for r in plan.ranks)
     command = [
-        *(python, "-m", "torch.distributed.run", *where),
+        *(python, "-m", "torch.distributed.run", "--nnodes", "1"),
         *("--nproc-per-node", str(n_ranks), "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", str(of_ranks / "rendezvous"), "--rdzv-conf", "store_type=file"),
         *("--max-restarts", str(MAX_RESTARTS)),
         # Slower than the front's watch: it must see which rank ended before all others are.
         *("--monitor-interval", "1"),
         # Each line says which of the host's ranks wrote it: `logs --rank`.
-        *("--tee", "3", "--log-dir", str(folder / "torchrun")),
+        *("--tee", "3", "--log-dir", str(of_ranks)),
         *("-m", "v4_ascend.runtime.worker", str(folder)),
     ]
     return command, env | {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${local_rank}]: "}

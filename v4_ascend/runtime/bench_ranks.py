@@ -8,7 +8,6 @@ what splitting costs and not how many cores there are.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from v4_ascend.runtime.comm import Groups, joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
+from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 from v4_ascend.supernode.planning import deploy_plan
 
@@ -58,7 +58,7 @@ class Case(msgspec.Struct, frozen=True):
     """One line of the table: how a plan is driven."""
 
     plan: str
-    port: int
+    store: str
     n_batches: int
     waits: bool
     n_steps: int
@@ -89,7 +89,13 @@ def bench_ranks(
             plan = _plan(checkpoint, config, layout, PROMPT + n_steps)
             n_batches = 2 if layout.pp_size > 1 else 1
             waits = what.endswith("one step at a time")
-            case = Case(plan.model_dump_json(), _free_port(), n_batches, waits, n_steps)
+            case = Case(
+                plan.model_dump_json(),
+                str(Path(name) / f"store-{number}"),
+                n_batches,
+                waits,
+                n_steps,
+            )
             seconds = _time(Path(name), case, layout.world_size)
             rate = N_SEQUENCES * n_steps / seconds
             speeds.append(RankSpeed(what, layout.world_size, rate))
@@ -108,12 +114,6 @@ def _plan(checkpoint: Path, config: ModelConfig, layout: ParallelConfig, length:
         runtime=Runtime(max_chunk=PROMPT * N_SEQUENCES),
     )
     return deploy_plan(topology, config)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _time(folder: Path, case: Case, n_ranks: int) -> float:
@@ -141,7 +141,7 @@ def main() -> None:
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     case = msgspec.json.decode((folder / "case.json").read_bytes(), type=Case)
     plan = Plan.model_validate_json(case.plan)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case.port)}
+    os.environ[STORE] = f"file://{case.store}"
     torch.set_num_threads(1)
     with joined(plan, rank, torch.device("cpu"), Flight()) as groups, use_policy(backend="cpu"):
         engine = Engine.load(

@@ -7,6 +7,7 @@ needs to know FP8; only sums need their dtype.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from v4_ascend.errors import DeployError
 from v4_ascend.ops import Group, Solo
 from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.link import STORE
 from v4_ascend.runtime.watch import comm_timeout
 from v4_ascend.supernode.plan import Plan
 
@@ -133,14 +135,15 @@ class Groups:
         """
         p = plan.parallel
         timeout = timedelta(seconds=comm_timeout())
+        store = _store(rank, p.world_size, timeout, attempt)
         dist.init_process_group(
             BACKEND_OF_DEVICE[device.type],
-            store=_store(rank, p.world_size, timeout, attempt),
+            store=store,
             rank=rank,
             world_size=p.world_size,
             timeout=timeout,
         )
-        _agree(plan, rank)
+        _agree(plan, rank, store)
         stage, within = divmod(rank, p.stage_size)
         dp_rank = within // (p.cp_size * p.tp_size)
         mine: dict[str, Group] = {}
@@ -212,24 +215,39 @@ def _hccl_name(handle: dist.ProcessGroup, device: torch.device) -> str:
 
 
 def _store(rank: int, world_size: int, timeout: timedelta, attempt: int) -> Any:
-    """Meet where torchrun says; its store outlives ranks, whose addresses are an attempt's own.
-
-    torchrun's own count of attempts differs between hosts once one of them has lost a rank.
-    """
-    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not is_torchruns,
-        timeout=timeout,
-    )
+    """Meet in a file, or on several hosts at rank 0. Addresses of ranks are an attempt's own."""
+    kind, _, where = os.environ[STORE].partition("://")
+    store: Any
+    if kind == "file":
+        store = dist.FileStore(where, -1)  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
+    else:
+        host, _, port = where.rpartition(":")
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host,
+            int(port),
+            world_size,
+            is_master=rank == 0,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=_listening(host, int(port)) if rank == 0 else None,
+        )
     return dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
 
 
-def _agree(plan: Plan, rank: int) -> None:
-    digests: list[str] = [""] * plan.parallel.world_size
-    dist.all_gather_object(digests, plan.digest)
+def _listening(host: str, port: int) -> int:
+    """Return a socket that listens at one address; torch's own would at all of the machine's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((host, port))
+        s.listen(socket.SOMAXCONN)
+        return s.detach()
+
+
+def _agree(plan: Plan, rank: int, store: Any) -> None:
+    """Compare plans as text: torch's exchange of objects would unpickle what comes."""
+    store.set(f"plan-{rank}", plan.digest)
+    digests = [store.get(f"plan-{r}").decode() for r in range(plan.parallel.world_size)]
     for other, digest in enumerate(digests):
         if digest != digests[0]:
             raise DeployError(

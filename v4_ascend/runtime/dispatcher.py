@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from v4_ascend.config.private import private_opener
 from v4_ascend.errors import RequestError
 from v4_ascend.runtime.link import FrontLink
 from v4_ascend.runtime.messages import (
@@ -279,7 +280,7 @@ class Dispatcher:
         """Add to flight.log what every rank was doing, for who asks why afterwards."""
         lines = [f"{datetime.now().astimezone().isoformat(timespec='seconds')} {reason}"]
         lines += [f"  {line}" for line in self.watch.flight(time.monotonic())]
-        with (self.state / "flight.log").open("a", encoding="utf-8") as f:
+        with open(self.state / "flight.log", "a", encoding="utf-8", opener=private_opener) as f:
             f.write("\n".join(lines) + "\n")
 
     def _lose(self, reason: str, *, may_restart: bool = True) -> None:

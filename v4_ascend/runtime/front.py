@@ -9,6 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from v4_ascend.runtime.api.app import make_app
+from v4_ascend.runtime.api.punctual import MAX_HEADER_BYTES, PunctualProtocol
 from v4_ascend.runtime.api.service import Service
 from v4_ascend.runtime.draining import DrainingServer
 
@@ -24,6 +25,8 @@ def main() -> None:
             host=service.plan.host,
             port=service.plan.port,
             log_level="warning",
+            http=PunctualProtocol,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=1,  # streams that are left after draining
         )
         await DrainingServer(config, service.dispatcher, patience_s).serve()

@@ -18,9 +18,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from v4_ascend.config.private import write_private
 from v4_ascend.runtime.messages import End, FromRank, Hello, Start, Step, ToRank
 
 FILE = "link.json"
+STORE = "V4_ASCEND_STORE"  # environment: where ranks meet, file://PATH or tcp://HOST:PORT
 BEAT = b"-beat"
 
 
@@ -40,10 +42,7 @@ class Address:
 
     def write(self, state: Path) -> None:
         """Write it for ranks of the same user alone."""
-        half = state / f".{FILE}"
-        half.touch(mode=0o600)
-        half.write_text(json.dumps(self.__dict__), encoding="utf-8")
-        half.replace(state / FILE)
+        write_private(state / FILE, json.dumps(self.__dict__))
 
 
 class FrontLink:

@@ -40,12 +40,30 @@ class Drivers(Section):
     source: str = Field(min_length=1)
 
 
+class Image(Section):
+    """A base image: ``repository:version``, and behind it what a SoC's image is called."""
+
+    repository: str
+    version: str
+    suffixes: dict[str, str] = {}
+    python: str
+    source: str = Field(min_length=1)
+
+
+class Images(Section):
+    """What our images are built on."""
+
+    ascend: Image
+    cuda: Image
+
+
 class Matrix(Section):
     """All that is published, at a date."""
 
     dated: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
     torch_npu_rule: Rule
     stacks: tuple[Stack, ...]
+    images: Images
     drivers: tuple[Drivers, ...]
 
     def drivers_of(self, cann: tuple[int, ...]) -> Drivers | None:

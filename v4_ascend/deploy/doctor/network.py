@@ -11,8 +11,8 @@ from v4_ascend.deploy.doctor.finding import Finding, Host, Level, odd_ones
 
 SKEW_BLOCKER_S = 10.0
 SKEW_SOURCE = (
-    "torch c10d rendezvous: a node whose last heartbeat, by its own clock, is 15 s old is taken "
-    "for dead, and one comes every 5 s"
+    "ours: which rank failed first is told by the times of log lines, and ranks are named within "
+    "10 s of falling silent"
 )
 SKEW_WARNING_S = 1.0  # ours: logs of two hosts can no longer be laid beside each other
 

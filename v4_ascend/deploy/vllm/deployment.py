@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from v4_ascend import __version__
+from v4_ascend.config.private import private_folder, write_private
 from v4_ascend.config.topology import Topology
 from v4_ascend.deploy.agent import end_session
 from v4_ascend.deploy.deployment import KILL_SECONDS, POLL_SECONDS, Deployment, Report
@@ -61,7 +62,7 @@ class VllmDeployment(Deployment):
             ParityError: it answers otherwise than the reference.
         """
         self._require_startable()
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(self.folder)
         with self._locked(), self._signals_counted():
             require_free(self.plan.host, self.plan.port)
             for log in self.folder.glob("*.log"):
@@ -184,9 +185,8 @@ class VllmDeployment(Deployment):
 
     def _write_state(self, state: str, found: str | None) -> None:
         processes = [{"name": x.name, "host": x.host, "url": x.url} for x in self.launches]
-        half = self.folder / f".{STATE}"
-        half.write_text(json.dumps({"state": state, "canary": found, "processes": processes}))
-        half.replace(self.folder / STATE)
+        said = json.dumps({"state": state, "canary": found, "processes": processes})
+        write_private(self.folder / STATE, said)
 
     def _stop(self) -> None:
         """End the last started first; what vLLM started itself goes with it."""

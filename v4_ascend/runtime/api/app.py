@@ -39,7 +39,10 @@ def make_app(service: Service) -> FastAPI:
             await asyncio.gather(*tasks)
         service.dispatcher.link.close()
 
-    app = FastAPI(title="v4-ascend", version=__version__, lifespan=lifespan)
+    # Without FastAPI's pages of documentation: they load scripts from a host of others.
+    app = FastAPI(
+        title="v4-ascend", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     gate = Gate(service.plan)
     for api in (openai, responses, anthropic, tokens):
         app.include_router(api.router(service, gate))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import math
@@ -12,6 +13,8 @@ from fastapi import Request
 
 from v4_ascend.errors import RequestError
 from v4_ascend.supernode.plan import Plan
+
+BODY_SECONDS = 60.0  # of `max_body_bytes`, 32 MiB unless told otherwise, 0.5 MB a second
 
 
 class RateLimit:
@@ -67,7 +70,8 @@ class Gate:
         """Return the JSON a caller sent.
 
         Raises:
-            RequestError: no valid key (401), too often (429), too large (413), or not JSON.
+            RequestError: no valid key (401), too often (429), too large (413), too slow (408),
+                or not JSON.
         """
         caller = self.require_key(request)
         if self._rate is not None and (wait := self._rate.take(caller, time.monotonic())):
@@ -76,14 +80,12 @@ class Gate:
                 status=429,
                 retry_after=math.ceil(wait),
             )
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > self._max_bytes:
-                raise RequestError(
-                    f"the body has more than {self._max_bytes} bytes; serve.max_body_bytes",
-                    status=413,
-                )
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await self._body(request)
+        except TimeoutError as e:
+            message = f"the body was not here within {BODY_SECONDS:g} s"
+            raise RequestError(message, status=408) from e
         try:
             value = json.loads(body, parse_float=_finite, parse_constant=_finite)
             if b"\\u" in body or b"\xed" in body:  # the only ways to write half a surrogate pair
@@ -94,6 +96,17 @@ class Gate:
         except (ValueError, RecursionError) as e:
             raise RequestError(f"the body is not JSON: {e}") from e
         return value
+
+    async def _body(self, request: Request) -> bytes:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self._max_bytes:
+                raise RequestError(
+                    f"the body has more than {self._max_bytes} bytes; serve.max_body_bytes",
+                    status=413,
+                )
+        return bytes(body)
 
 
 def _finite(text: str) -> float:
