@@ -225,7 +225,7 @@ class Topology(Section):
     layout: Literal["auto"] | ParallelConfig = "auto"
     runtime: Runtime = Runtime()
     engine: Literal["native", "vllm"] = "native"
-    launcher: Literal["local", "ssh", "kubernetes"] = "local"
+    launcher: Literal["local", "ssh", "docker", "kubernetes"] = "local"
     emulate: bool = False
     _places: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
