@@ -20,6 +20,9 @@ def register(app: typer.Typer) -> None:
 def host_command(
     plan: Annotated[Path, typer.Option(help="what deploy --dry-run prints")],
     index: Annotated[int, typer.Option(min=0, help="which host of the plan this is")] = 0,
+    other: Annotated[
+        int | None, typer.Option(min=0, help="instead: which of all but the first one")
+    ] = None,
     first: Annotated[
         str | None, typer.Option(help="name or address of the first host, for the others")
     ] = None,
@@ -44,6 +47,7 @@ def host_command(
     from v4_ascend.deploy.torchrun import hosts_of
     from v4_ascend.supernode.plan import Plan
 
+    index = index if other is None else 1 + other
     found = Plan.read(plan)
     hosts = hosts_of(found)
     if index >= len(hosts):
