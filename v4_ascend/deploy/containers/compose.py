@@ -31,11 +31,10 @@ def compose_files(target: Target) -> Written:
         texts[f"{host}/compose.yaml"] = _head(i, host, target) + as_yaml(
             {"name": name, "services": services}
         )
-    if target.plan is not None:
-        texts["plan.json"] = target.plan_text
+    private = {"plan.json": target.plan_text} if target.plan is not None else {}
     if keys := _keys(target):
-        texts[KEYS] = f"VLLM_API_KEY={keys[0]}\n"
-    return Written(texts, tuple(_steps(target)), has_secret=target.plan is not None)
+        private[KEYS] = f"VLLM_API_KEY={keys[0]}\n"
+    return Written(texts, private, tuple(_steps(target)), has_secret=target.plan is not None)
 
 
 def _steps(target: Target) -> list[str]:
@@ -66,10 +65,11 @@ def _keys(target: Target) -> tuple[str, ...]:
 
 
 def _service(target: Target, p: Process) -> dict[str, Any]:
+    entrypoint, command = target.platform.started(p.argv)
     service: dict[str, Any] = {
         "image": target.image,
-        "entrypoint": [p.argv[0]],
-        "command": [_literal(a) for a in p.argv[1:]],
+        "entrypoint": [_literal(a) for a in entrypoint],
+        "command": [_literal(a) for a in command],
         "environment": {k: _variable(v) for k, v in p.env.items()} | _address(target),
     }
     if _keys(target):

@@ -45,8 +45,9 @@ def manifests(target: Target) -> Written:
         f"# {t.name}: {len(target.hosts)} pods on {target.platform.family}, by v4-ascend "
         f"{__version__}\n# Mounts and names: configs/containers.yaml, {platforms().dated}.\n"
     )
-    texts = {"manifests.yaml": head + as_yaml(*documents), "plan.json": target.plan_text}
-    return Written(texts, tuple(_steps(target)), has_secret=False)
+    texts = {"manifests.yaml": head + as_yaml(*documents)}
+    private = {"plan.json": target.plan_text} if t.serve.api_keys else {}
+    return Written(texts, private, tuple(_steps(target)), has_secret=False)
 
 
 def _steps(target: Target) -> list[str]:
@@ -88,8 +89,8 @@ def _require_possible(target: Target) -> None:
     if t.container.image is None:
         tag = f"REGISTRY/{target.platform.own_image()}"
         raise ConfigError(
-            t.where("container.image"),
-            f"container.image: missing; nodes pull one with v4-ascend in it, which nobody "
+            "container.image",
+            f"missing; nodes pull one with v4-ascend in it, which nobody "
             f"publishes: {target.platform.build_command(tag)}, push it and name it here",
         )
     if (size := len(target.plan_text.encode())) > MAX_CONFIGMAP_BYTES:

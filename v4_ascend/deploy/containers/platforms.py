@@ -53,10 +53,14 @@ class MindCluster(_Sourced):
 
 
 class Platform(Section):
-    """A kind of device. `devices` may have ``{n}``, a device's number; resources: usual first."""
+    """A kind of device. `devices` may have ``{n}``, a device's number; resources: usual first.
+
+    `entry` is what a shell does before a command, which it has as ``"$0" "$@"``.
+    """
 
     family: str
     dockerfile: str
+    entry: Fact | None = None
     image: Fact | None = None
     devices: tuple[Fact, ...]
     mounts: tuple[Mount, ...]
@@ -82,6 +86,12 @@ class Platform(Section):
         base = self.base_image() if self.dockerfile == "Dockerfile.ascend" else None
         argument = f"--build-arg BASE={base} " if base else ""
         return f"docker build -f {self.dockerfile} {argument}-t {tag} ."
+
+    def started(self, argv: tuple[str, ...]) -> tuple[list[str], list[str]]:
+        """Return what starts a command, and what it is given: no image's entrypoint is needed."""
+        if self.entry is None:
+            return [argv[0]], list(argv[1:])
+        return ["/bin/bash", "-c", self.entry.value], list(argv)
 
     def device_files(self, numbers: tuple[int, ...]) -> list[str]:
         """Return the device files of some devices."""

@@ -81,7 +81,8 @@ class Pods:
     def _container(self, *, is_first: bool) -> dict[str, Any]:
         target, t = self.target, self.target.topology
         which = ("--index", "0") if is_first else self.which
-        command, *args = host_command(t, which, self.first, target.timeout_s)
+        argv = host_command(t, which, self.first, target.timeout_s)
+        command, args = target.platform.started(argv)
         capabilities: dict[str, Any] = {"drop": ["ALL"]}
         if target.platform.user.value == "root":
             capabilities = {"add": ["IPC_LOCK"]}  # memory that devices write to stays in place
@@ -92,7 +93,7 @@ class Pods:
             "name": self.container,
             "image": target.image,
             "imagePullPolicy": "IfNotPresent",
-            "command": [command],
+            "command": command,
             "args": args,
             "env": self._env(),
             "ports": ports,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,19 +20,25 @@ SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class Written:
-    """Text files by name; `steps` are commands, which may have {out} in them."""
+    """Text files by name; `steps` are commands, which may have {out} in them.
+
+    Files of `private` are written and never shown: they have keys in them. With `has_secret`, a
+    file of that name belongs to them.
+    """
 
     files: dict[str, str] = field(hash=False)
+    private: dict[str, str] = field(hash=False)
     steps: tuple[str, ...]
-    has_secret: bool  # a file named secret belongs to them
+    has_secret: bool
 
     def shown(self) -> str:
-        """Return all files as one text."""
-        return "".join(f"# --- {name}\n{text}" for name, text in self.files.items())
+        """Return the files as one text of YAML documents."""
+        texts = [f"# {name}\n{text}" for name, text in self.files.items()]
+        return "---\n".join(texts)
 
     def steps_for(self, folder: str) -> list[str]:
         """Return what to type, given where the files are."""
-        return [s.format(out=folder) for s in self.steps]
+        return [s.format(out=shlex.quote(folder)) for s in self.steps]
 
     def write(self, folder: Path) -> list[str]:
         """Write all, readable by their owner alone; a secret that is there is kept.
@@ -49,7 +56,8 @@ class Written:
         shutil.rmtree(half, ignore_errors=True)
         try:
             half.mkdir(mode=0o700)
-            texts = self.files | {STEPS: "\n".join(self.steps_for(str(folder))) + "\n"}
+            steps = "".join(f"{s}\n" for s in self.steps_for(str(folder)))
+            texts = self.files | self.private | {STEPS: steps}
             if self.has_secret:
                 old = folder / "secret"
                 new = secrets.token_hex(SECRET_BYTES) + "\n"
