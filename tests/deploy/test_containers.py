@@ -3,6 +3,7 @@
 import copy
 import json
 import stat
+from pathlib import Path
 
 import manifest_schemas
 import pytest
@@ -321,8 +322,8 @@ def test_keys_are_in_no_manifest_and_the_plan_with_them_is_a_secret(tmp_path):
     kinds = [d["kind"] for d in yaml.safe_load_all(found.files["manifests.yaml"])]
     assert kinds == ["LeaderWorkerSet", "Service"]
     assert json.loads(found.private["plan.json"])["api_keys"] == ["of-mine"]
-    create = next(s for s in found.steps_for("a b") if "create secret" in s)
-    assert create.endswith("--from-file=secret=/dev/stdin --from-file=plan.json='a b'/plan.json")
+    create = next(s for s in found.steps_for(Path("/a b")) if "create secret" in s)
+    assert create.endswith("--from-file=secret=/dev/stdin --from-file=plan.json='/a b'/plan.json")
 
 
 def test_vllms_key_is_in_a_file_of_its_own(tmp_path):
@@ -348,6 +349,11 @@ def test_vllms_key_is_in_a_file_of_its_own(tmp_path):
         ),
         ({"name": "it-"}, ConfigError, "name: 'it-': names in Kubernetes"),
         ({"engine": "vllm"}, NotYetError, "engine: not yet; deploy does 'native' there"),
+        (
+            {"cluster": {"device": "cpu-emulated-npu"}, "layout": "auto"},
+            NotYetError,
+            "cluster.device: not yet; deploy does emulated NPUs with launcher local",
+        ),
         ({"model": {"checkpoint": "hf:a/b"}}, ConfigError, "hf:a/b: containers are given a folder"),
         ({"model": {"checkpoint": "it"}}, ConfigError, "it is relative; containers need a path"),
         ({"model": {"reference": "r"}}, ConfigError, "model.reference: r is relative"),
@@ -356,6 +362,15 @@ def test_vllms_key_is_in_a_file_of_its_own(tmp_path):
 def test_what_no_cluster_would_run_is_refused(changes, error, says, tmp_path):
     with pytest.raises(error, match=says):
         kubernetes("cpu", tmp_path, **changes)
+
+
+def test_pools_on_different_kinds_of_devices_are_refused(tmp_path):
+    file = published.topology_file("flash-a3-pd", tmp_path)
+    wanted = yaml.safe_load(file.read_text())
+    wanted["cluster"]["pools"][1]["device"] = "ascend-950dt-96"
+    file.write_text(yaml.safe_dump(wanted))
+    with pytest.raises(NotYetError, match="cluster.pools: a3 and 950 together: not yet"):
+        written(load_topology(str(file), ["launcher=docker"]))
 
 
 def test_a_plan_larger_than_a_configmap_is_refused(tmp_path, monkeypatch):

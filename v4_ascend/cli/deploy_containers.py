@@ -21,7 +21,7 @@ def dry_run(wanted: Topology, out: Path | None, *, as_json: bool) -> None:
     found = written(wanted)
     if out is not None:
         names = found.write(out)
-    steps = found.steps_for(str(out) if out is not None else "DIR")
+    steps = found.steps_for(out)
     if as_json:
         data = {"launcher": wanted.launcher, "files": found.files, "steps": steps}
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))

@@ -328,6 +328,7 @@ def require_supported(topology: Topology) -> None:
             "hosts with names",
         ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
+        ("cluster.device", is_emulated and by_itself, "emulated NPUs with launcher local"),
         ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
         (
             "engine",

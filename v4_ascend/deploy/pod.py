@@ -27,6 +27,7 @@ from v4_ascend.supernode.plan import Plan
 LISTEN_SECONDS = 0.2
 TELL_SECONDS = 10.0  # between two words about what is waited for
 MARGIN_SECONDS = 2 * KILL_SECONDS + 5  # of a host that waits until the first one has drained
+TOGETHER_SECONDS = 1.0  # hosts are often stopped together: then there is no problem with one
 HERE = "above"  # what processes write goes where our own words go
 
 
@@ -58,6 +59,7 @@ class FirstHost(Deployment):
         finally:
             self._release()
             self._call.close()
+            self._tell_flight()
 
     def _gather(self, timeout_s: float) -> None:
         if self._call is None:
@@ -84,12 +86,21 @@ class FirstHost(Deployment):
     def _require_alive(self) -> None:
         # A host's own word comes before that of a process here, which may have missed it.
         if self._call is not None and (problem := self._call.problem()) is not None:
+            time.sleep(TOGETHER_SECONDS)
+            if self._signals:
+                return
             raise DeployError(f"{self.plan.name}: {problem}")
         super()._require_alive()
 
     def _release(self) -> None:
         if self._call is not None:
             self._call.over(self._failure)
+
+    def _tell_flight(self) -> None:
+        """Say what ranks did when one was lost: the file with it goes with the container."""
+        file = self.folder / "flight.log"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            self.report(f"flight: {line}")
 
     def _log(self, name: str) -> str:
         return HERE

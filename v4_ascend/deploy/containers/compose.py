@@ -43,7 +43,7 @@ def _steps(target: Target) -> list[str]:
         build = target.platform.build_command(target.image)
         steps.append(f"{build}  # on every host, in a clone of the repository")
     others = target.hosts[1:]
-    steps += [f"scp -rp {{out}} {h}:  # to the same place, for its owner alone" for h in others]
+    steps += [f"scp -rp {{out}} {h}:{{parent}}/  # as its owner alone can read it" for h in others]
     steps += [
         f"docker compose --file {{out}}/{h}/compose.yaml up --detach  # on {h}"
         for h in target.hosts

@@ -9,6 +9,7 @@ from v4_ascend.deploy.containers.platforms import Platform, platform_of, platfor
 from v4_ascend.deploy.torchrun import hosts_of
 from v4_ascend.deploy.vllm.launches import PROXY, Launch, reached
 from v4_ascend.deploy.vllm.show import ASKED
+from v4_ascend.errors import NotYetError
 from v4_ascend.supernode.environment import environment
 from v4_ascend.supernode.plan import Plan
 from v4_ascend.supernode.planning import PoolPlan
@@ -115,8 +116,17 @@ def host_command(
 
 
 def vllm(topology: Topology, launches: tuple[Launch, ...], pools: tuple[PoolPlan, ...]) -> Target:
-    """Return one container for each process of vLLM."""
-    pool = pools[0]  # prefill and decode may differ in memory, not in what a container needs
+    """Return one container for each process of vLLM.
+
+    Raises:
+        NotYetError: pools on several kinds of devices.
+    """
+    pool, families = pools[0], dict.fromkeys(p.system.profile.family for p in pools)
+    if len(families) > 1:
+        raise NotYetError(
+            topology.where("cluster.pools"),
+            f"cluster.pools: {' and '.join(families)} together: not yet in containers",
+        )
     platform = platform_of(pool.system.profile)
     image = topology.container.image or platform.base_image() or platform.own_image()
     per_host = tuple(range(pool.system.devices_per_host))

@@ -20,7 +20,7 @@ SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class Written:
-    """Text files by name; `steps` are commands, which may have {out} in them.
+    """Text files by name; `steps` are commands, with {out} for the folder and {parent} for its own.
 
     Files of `private` are written and never shown: they have keys in them. With `has_secret`, a
     file of that name belongs to them.
@@ -36,9 +36,13 @@ class Written:
         texts = [f"# {name}\n{text}" for name, text in self.files.items()]
         return "---\n".join(texts)
 
-    def steps_for(self, folder: str) -> list[str]:
+    def steps_for(self, folder: Path | None) -> list[str]:
         """Return what to type, given where the files are."""
-        return [s.format(out=shlex.quote(folder)) for s in self.steps]
+        out, parent = Path("DIR"), Path()
+        if folder is not None:
+            out, parent = folder.absolute(), folder.absolute().parent
+        places = {"out": shlex.quote(str(out)), "parent": shlex.quote(str(parent))}
+        return [s.format(**places) for s in self.steps]
 
     def write(self, folder: Path) -> list[str]:
         """Write all, readable by their owner alone; a secret that is there is kept.
@@ -56,7 +60,7 @@ class Written:
         shutil.rmtree(half, ignore_errors=True)
         try:
             half.mkdir(mode=0o700)
-            steps = "".join(f"{s}\n" for s in self.steps_for(str(folder)))
+            steps = "".join(f"{s}\n" for s in self.steps_for(folder))
             texts = self.files | self.private | {STEPS: steps}
             if self.has_secret:
                 old = folder / "secret"
