@@ -327,8 +327,8 @@ def require_supported(topology: Topology) -> None:
             and any(s.hosts is None for s in t.cluster.supernodes),
             "hosts with names",
         ),
-        ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("cluster.device", is_emulated and by_itself, "emulated NPUs with launcher local"),
+        ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
         (
             "engine",
