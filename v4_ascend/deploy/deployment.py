@@ -59,15 +59,17 @@ class Deployment:
             try:
                 require_free(self.plan.host, self.plan.port)
                 self._clear()
-                first, *others = hosts_of(self.plan)
-                meeting = _meeting(first, 1 + len(others))
-                command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
                 self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
                                       str(self.folder), str(self.drain_s)])  # fmt: skip
                 self._wait_for_link(timeout_s)
                 self._gather(timeout_s)
                 if not self._signals:
-                    self._start("ranks", command, env)
+                    first, *others = hosts_of(self.plan)
+                    meeting = _meeting(first, 1 + len(others))
+                    self._start(
+                        "ranks",
+                        *torchrun(self.plan, first, self.folder, meeting if others else None),
+                    )
                     for host in others:
                         self._start_agent(host, meeting)
                     self._announce()

@@ -54,12 +54,14 @@ class FirstHost(Deployment):
             super().run(timeout_s)
             return
         self._call = RollCall(self.plan, self._port, self._secret)
+        known = len(self._flight())
         try:
             super().run(timeout_s)
         finally:
             self._release()
             self._call.close()
-            self._tell_flight()
+            for line in self._flight()[known:]:  # the file goes with the container
+                self.report(f"flight: {line}")
 
     def _gather(self, timeout_s: float) -> None:
         if self._call is None:
@@ -96,11 +98,10 @@ class FirstHost(Deployment):
         if self._call is not None:
             self._call.over(self._failure)
 
-    def _tell_flight(self) -> None:
-        """Say what ranks did when one was lost: the file with it goes with the container."""
+    def _flight(self) -> list[str]:
+        """Return what is written of what ranks did when one was lost."""
         file = self.folder / "flight.log"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            self.report(f"flight: {line}")
+        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
     def _log(self, name: str) -> str:
         return HERE

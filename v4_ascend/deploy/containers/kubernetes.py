@@ -144,8 +144,8 @@ class _Job:
         policy = self.topology.kubernetes.schedule_policy or usual
         found = {"huawei.com/schedule_policy": policy}
         if policy.endswith("-sp"):
-            hosts_of = self.topology.cluster.supernodes
-            block = self.n_hosts // min(len(hosts_of), self.n_hosts) * self.devices_per_pod
+            n_supernodes = min(len(self.topology.cluster.supernodes), self.n_hosts)
+            block = self.n_hosts // n_supernodes * self.devices_per_pod
             found["sp-block"] = str(block)
             if "-ra" in policy:
                 found["ra-block"] = str(min(block, RACK_DEVICES))
