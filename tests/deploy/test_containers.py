@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 import stat
 from pathlib import Path
 
 import manifest_schemas
 import pytest
+import typer.main
 import vllm_published as published
 import yaml
 from typer.testing import CliRunner
@@ -254,6 +256,29 @@ def test_resources_annotations_and_labels_are_the_schedulers(tmp_path):
     ports = {p["name"]: p["containerPort"] for p in container(first)["ports"]}
     assert ports["ascendjob-port"] == 29400
     assert "$(MASTER_ADDR)" in container(other)["args"]
+
+
+@pytest.mark.parametrize(
+    ("workload", "variables"),
+    [
+        ("leader-worker-set", {"LWS_WORKER_INDEX": "1", "LWS_LEADER_ADDRESS": "first"}),
+        ("volcano-job", {"VC_TASK_INDEX": "0"}),
+        ("ascend-job", {"RANK": "1", "MASTER_ADDR": "first"}),
+    ],
+)
+def test_with_a_controllers_variables_pods_run_a_command_of_ours(workload, variables, tmp_path):
+    command = typer.main.get_command(app).commands["host"]
+    indices = []
+    for template in templates(kubernetes("950", tmp_path, workload)):
+        args = container(template)["args"]
+        words = [re.sub(r"\$\((\w+)\)", lambda m: variables[m[1]], a) for a in args]
+        assert words[:2] == ["v4-ascend", "host"]
+        options = command.make_context("host", words[2:]).params
+        indices.append(options["index"] if options["other"] is None else 1 + options["other"])
+        mounts = [m["mountPath"] for m in container(template)["volumeMounts"]]
+        assert str(options["plan"].parent) in mounts
+        assert str(options["secret"].parent) in mounts
+    assert indices == [0, 1]
 
 
 def test_keys_of_the_section_reach_the_pods(tmp_path):
