@@ -254,6 +254,14 @@ def plan_for(topology: Topology, pool: PoolPlan) -> Plan:
 def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
     """Plan what is to run: the topology's layout, or the best one of its devices.
 
+    Raises: as `deploy_pool` does.
+    """
+    return deploy_pool(topology, config)[0]
+
+
+def deploy_pool(topology: Topology, config: ModelConfig) -> tuple[Plan, PoolPlan]:
+    """Plan what is to run, and return with it the devices and what else was weighed.
+
     Raises:
         ConfigError: the model is not made for the asked length, or TP cuts through a block of it.
         PlanError: no layout is legal; the message has the rule and its numbers.
@@ -283,7 +291,7 @@ def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
             holdings(config, plan, plan.ranks[stage * plan.parallel.stage_size])
     except ValueError as e:
         raise ConfigError(t.where("layout"), str(e)) from e
-    return plan
+    return plan, pool
 
 
 def _require_drafter(t: Topology, config: ModelConfig, p: ParallelConfig) -> None:

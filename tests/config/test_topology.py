@@ -151,7 +151,6 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("launcher=kubernetes", "launcher: not yet"),
         ("emulate=true", "emulate: not yet"),
         ("serve.n_draft_tokens=2", "serve.n_draft_tokens: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
@@ -182,8 +181,8 @@ def test_pools_that_cannot_serve_are_refused(read, pools, says):
 
 
 def test_a_key_of_the_file_that_is_not_built_yet_is_refused_at_its_line(read):
-    with pytest.raises(NotYetError, match=r"t\.yaml:8: launcher: not yet; deploy does 'local'"):
-        require_supported(read(GOOD + "launcher: kubernetes\n"))
+    with pytest.raises(NotYetError, match=r"t\.yaml:8: emulate: not yet; deploy does real devices"):
+        require_supported(read(GOOD + "emulate: true\n"))
 
 
 def test_the_shipped_schema_is_the_current_one():

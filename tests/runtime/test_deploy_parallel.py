@@ -139,7 +139,11 @@ def ready(box):
     [
         ((), 2, "launcher: 2 hosts need ssh; local is for one"),
         (("launcher=ssh",), 2, "model.checkpoint: tiny is relative; several hosts need a path"),
-        (("launcher=kubernetes",), 2, "not yet; deploy does 'local' and 'ssh'"),
+        (
+            ("launcher=kubernetes",),
+            2,
+            "kubernetes: deploy starts no containers yet; write its files",
+        ),
         (("launcher=ssh", "model.checkpoint=/"), 6, "198.51.100.1) is no address of this machine"),
     ],
 )

@@ -17,6 +17,7 @@ from v4_ascend.cli import (
     doctor,
     explain,
     fit,
+    host,
     operators,
     parity,
     plan,
@@ -46,6 +47,7 @@ operators.register(app)
 parity.register(app)
 plan.register(app)
 fit.register(app)
+host.register(app)
 ranktable.register(app)
 shard.register(app)
 support.register(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,9 @@ def deploy_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan, start nothing")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="launchers docker and kubernetes: folder for --dry-run")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="seconds until it must be ready")] = 600.0,
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="seconds that running requests have to end when stopped")
@@ -44,7 +48,7 @@ def deploy_command(
         bool, typer.Option("--conformance", help="engine vllm: ready once its cases pass")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="engine vllm: its commands, with --dry-run")
+        bool, typer.Option("--json", help="engine vllm, docker, kubernetes: with --dry-run")
     ] = False,
 ) -> None:
     """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
@@ -59,6 +63,16 @@ def deploy_command(
     wanted = load_topology(topology, overrides)
     options = {"--timeout": timeout, "--drain-timeout": drain_timeout, "--emulate": emulate}
     unlooked = ["--skip-preflight"] * skip_preflight
+    if wanted.launcher in ("docker", "kubernetes"):
+        from v4_ascend.cli import deploy_containers
+
+        deploy_containers.refuse(emulate=emulate, conformance=conformance)
+        if not dry_run:
+            deploy_containers.refuse_to_start(wanted, topology)
+        deploy_containers.dry_run(wanted, out, as_json=as_json)
+        return
+    if out is not None:
+        raise ConfigError("--out", f"is of launchers docker and kubernetes, not {wanted.launcher}")
     if wanted.engine == "vllm":
         from v4_ascend.cli import deploy_vllm
 

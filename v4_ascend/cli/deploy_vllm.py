@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from v4_ascend.config.topology import Topology
     from v4_ascend.deploy.vllm.launches import Launch
     from v4_ascend.supernode.plan import Plan
+    from v4_ascend.supernode.planning import PoolPlan
 
 
 def planned(wanted: Topology) -> tuple[tuple[Launch, ...], Plan]:
@@ -21,9 +22,21 @@ def planned(wanted: Topology) -> tuple[tuple[Launch, ...], Plan]:
     Raises:
         PlanError: no layout is legal.
     """
-    from v4_ascend.checkpoint.sources import configuration
     from v4_ascend.deploy.vllm.launches import launches
-    from v4_ascend.supernode.planning import find_model, plan_for, plan_pools
+    from v4_ascend.supernode.planning import plan_for
+
+    pools = planned_pools(wanted)
+    return launches(wanted, pools), plan_for(wanted, pools[0])
+
+
+def planned_pools(wanted: Topology) -> tuple[PoolPlan, ...]:
+    """Plan every pool of a topology.
+
+    Raises:
+        PlanError: no layout is legal.
+    """
+    from v4_ascend.checkpoint.sources import configuration
+    from v4_ascend.supernode.planning import find_model, plan_pools
 
     pools = plan_pools(wanted, find_model(wanted, None, configuration))
     for pool in pools:
@@ -33,7 +46,7 @@ def planned(wanted: Topology) -> tuple[tuple[Launch, ...], Plan]:
                 f"{pool.system.profile.name} ({pool.system.role}); v4-ascend plan --explain has "
                 "all reasons"
             )
-    return launches(wanted, pools), plan_for(wanted, pools[0])
+    return pools
 
 
 def dry_run(wanted: Topology, *, as_json: bool) -> None:

@@ -225,6 +225,35 @@ class Runtime(Section):
     max_chunk: int = Field(default=512, ge=1)
 
 
+class Container(Section):
+    """What a host's processes run in, with launcher docker or kubernetes.
+
+    `image` is by default the published one with engine vllm, and with engine native what
+    ``docker build`` makes of the repository's Dockerfile. The first host listens at `port`.
+    """
+
+    image: str | None = Field(default=None, min_length=1)
+    port: int = Field(default=29400, ge=1, le=65535)
+
+
+class Kubernetes(Section):
+    """Where pods go, with launcher kubernetes.
+
+    `resource` is the name of one device, by default that of the vendor's device plugin. With
+    `checkpoint_claim`, ``claim`` or ``claim/path``, the checkpoint is on that persistent volume
+    claim, else it is at the same path of every node. `queue` and `schedule_policy` are Volcano's.
+    """
+
+    namespace: str = Field(default="default", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    workload: Literal["leader-worker-set", "volcano-job", "ascend-job"] = "leader-worker-set"
+    resource: str | None = Field(default=None, pattern=r"^[-a-z0-9.]+/[-A-Za-z0-9_.]+$")
+    checkpoint_claim: str | None = Field(default=None, min_length=1)
+    host_network: bool = False
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    queue: str = "default"
+    schedule_policy: str | None = None
+
+
 class Topology(Section):
     """One deployment."""
 
@@ -235,7 +264,9 @@ class Topology(Section):
     layout: Literal["auto"] | ParallelConfig = "auto"
     runtime: Runtime = Runtime()
     engine: Literal["native", "vllm"] = "native"
-    launcher: Literal["local", "ssh", "kubernetes"] = "local"
+    launcher: Literal["local", "ssh", "docker", "kubernetes"] = "local"
+    container: Container = Container()
+    kubernetes: Kubernetes = Kubernetes()
     emulate: bool = False
     _places: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
@@ -294,18 +325,26 @@ def require_supported(topology: Topology) -> None:
     """
     t = topology
     n_hosts = sum(s.n_devices // s.devices_per_host for s in t.cluster.supernodes)
+    by_itself = t.launcher in ("docker", "kubernetes")  # each host starts by itself
     native = t.engine == "native"  # vLLM has more, and its commands are refused where they are made
     is_emulated = device_profile(t.cluster.device, t.where("cluster.device")).emulated
     for key, is_asked, today in (
         ("cluster.pools", native and bool(t.cluster.pools), "one pool for both roles"),
         (
             "cluster.supernodes",
-            n_hosts > 1 and any(s.hosts is None for s in t.cluster.supernodes),
+            n_hosts > 1
+            and t.launcher != "kubernetes"
+            and any(s.hosts is None for s in t.cluster.supernodes),
             "hosts with names",
         ),
+        ("cluster.device", is_emulated and by_itself, "emulated NPUs with launcher local"),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
         ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
-        ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),
+        (
+            "engine",
+            not native and t.launcher == "kubernetes",
+            "'native' there, or 'vllm' in docker",
+        ),
         ("emulate", t.emulate, "real devices"),
     ):
         if is_asked:
@@ -315,18 +354,27 @@ def require_supported(topology: Topology) -> None:
             t.where("launcher"), f"launcher: {n_hosts} hosts need ssh; local is for one"
         )
     _require_key(t)
-    reference = t.model.reference
-    if reference is not None and not Path(reference).is_file():
+    _require_paths(t, by_itself=by_itself, n_hosts=n_hosts)
+
+
+def _require_paths(t: Topology, *, by_itself: bool, n_hosts: int) -> None:
+    """Refuse files that hosts will not find; those of containers need not be on this machine."""
+    checkpoint, reference = t.model.checkpoint, t.model.reference
+    if reference is not None and not by_itself and not Path(reference).is_file():
         raise ConfigError(
             t.where("model.reference"),
             f"model.reference: no file {reference}; v4-ascend parity record writes one",
         )
-    is_path = not is_remote(t.model.checkpoint)
-    if n_hosts > 1 and is_path and not Path(t.model.checkpoint).is_absolute():
+    if by_itself and is_remote(checkpoint):
         raise ConfigError(
             t.where("model.checkpoint"),
-            f"model.checkpoint: {t.model.checkpoint} is relative; several hosts need a path from /",
+            f"model.checkpoint: {checkpoint}: containers are given a folder; fetch it, and name it",
         )
+    who = "containers" if by_itself else "several hosts"
+    for key, path in (("model.checkpoint", checkpoint), ("model.reference", reference)):
+        is_asked = by_itself or (n_hosts > 1 and key == "model.checkpoint")
+        if is_asked and path and not is_remote(path) and not Path(path).is_absolute():
+            raise ConfigError(t.where(key), f"{key}: {path} is relative; {who} need a path from /")
 
 
 def _require_key(t: Topology) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from types import FrameType
 
 import msgspec
@@ -52,12 +53,11 @@ class Bundle(msgspec.Struct, frozen=True):
     def of(cls, plan: Plan, host: str, address: Address, meeting: str) -> Bundle:
         """Gather it on the deploying host."""
         env = passed_on()
-        link = {k: str(v) for k, v in address.__dict__.items() if k != "front_pid"}
         return cls(
             __version__,
             host,
             plan.model_dump_json(),
-            link,
+            link_of(address),
             meeting,
             env,
         )
@@ -79,12 +79,27 @@ def main() -> None:
 
 def _run(bundle: Bundle) -> int:
     plan = Plan.model_validate_json(bundle.plan)
-    folder = state_root() / f"{plan.name}.{bundle.host}"  # hosts may share their home folders
-    private_folder(folder)
-    Address(**bundle.link, front_pid=None).write(folder)
-    plan.write(folder / "plan.json")
-    command, env = torchrun(plan, bundle.host, folder, bundle.meeting)
+    command, env = ranks_of(plan, bundle.host, bundle.link, bundle.meeting)
     return hold(command, env)
+
+
+def ranks_of(
+    plan: Plan, host: str, link: dict[str, str], meeting: str
+) -> tuple[list[str], dict[str, str]]:
+    """Write what a host's ranks read, and return their command and its environment.
+
+    They end with this process, as they do with the front on its own host.
+    """
+    folder = state_root() / f"{plan.name}.{host}"  # hosts may share their home folders
+    private_folder(folder)
+    Address(**link, followed_pid=os.getpid()).write(folder)
+    plan.write(folder / "plan.json")
+    return torchrun(plan, host, folder, meeting)
+
+
+def link_of(address: Address) -> dict[str, str]:
+    """Return what another host must know of the front."""
+    return {k: str(v) for k, v in asdict(address).items() if k != "followed_pid"}
 
 
 def hold(command: list[str], env: dict[str, str]) -> int:

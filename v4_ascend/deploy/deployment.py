@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from types import FrameType
+from typing import BinaryIO
 
 import httpx
 import msgspec
@@ -25,7 +26,7 @@ from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.ssh import SSH
 from v4_ascend.deploy.state import Supervisor, start_time, state_root
 from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
-from v4_ascend.errors import DeadlineError, DeployError
+from v4_ascend.errors import DeadlineError, DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
 from v4_ascend.supernode.plan import Plan
 
@@ -43,6 +44,7 @@ class Deployment:
         self.url = f"http://{plan.host}:{plan.port}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._signals = 0
+        self._failure: str | None = None
 
     def run(self, timeout_s: float) -> None:
         """Start, wait until ready, and serve until SIGINT or SIGTERM.
@@ -54,17 +56,20 @@ class Deployment:
         """
         private_folder(self.folder)
         with self._locked(), self._signals_counted():
-            require_free(self.plan.host, self.plan.port)
-            self._clear()
-            first, *others = hosts_of(self.plan)
-            meeting = _meeting(first)
-            command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
             try:
+                require_free(self.plan.host, self.plan.port)
+                self._clear()
                 self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
                                       str(self.folder), str(self.drain_s)])  # fmt: skip
                 self._wait_for_link(timeout_s)
+                self._gather(timeout_s)
                 if not self._signals:
-                    self._start("ranks", command, env)
+                    first, *others = hosts_of(self.plan)
+                    meeting = _meeting(first)
+                    self._start(
+                        "ranks",
+                        *torchrun(self.plan, first, self.folder, meeting if others else None),
+                    )
                     for host in others:
                         self._start_agent(host, meeting)
                     self._announce()
@@ -73,6 +78,9 @@ class Deployment:
                     self._require_alive()
                     time.sleep(POLL_SECONDS)
                 self.report("draining; once more to stop at once")
+            except V4AscendError as e:
+                self._failure = str(e)
+                raise
             finally:
                 self._stop()
                 (self.folder / "supervisor.json").unlink(missing_ok=True)
@@ -109,7 +117,7 @@ class Deployment:
         env: dict[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        with open_private(self._log(name)) as log:
+        with self._output(name) as log:
             process = subprocess.Popen(
                 command,
                 stdin=stdin,
@@ -120,6 +128,12 @@ class Deployment:
             )
         self._processes[name] = process
         return process
+
+    def _gather(self, timeout_s: float) -> None:
+        """Wait for other hosts; those that are reached by ssh are started from here."""
+
+    def _release(self) -> None:
+        """Tell other hosts that it is over; ssh tells them by its end."""
 
     def _start_agent(self, host: str, meeting: str) -> None:
         """Start a host's ranks over ssh, and keep telling them that we are here."""
@@ -197,8 +211,13 @@ class Deployment:
             log = self._log("ranks")
             raise DeadlineError(f"{self.plan.name}: {what} after {timeout_s:g} s; log: {log}")
 
-    def _log(self, name: str) -> Path:
-        return self.folder / f"{name}.log"
+    def _log(self, name: str) -> str:
+        """Say where what a process writes can be read."""
+        return str(self.folder / f"{name}.log")
+
+    def _output(self, name: str) -> BinaryIO:
+        """Open what a process writes to."""
+        return open_private(Path(self._log(name)))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -206,23 +225,26 @@ class Deployment:
     def _stop(self) -> None:
         """Let the front drain, then end the ranks; kill what does not listen."""
         before = self._signals
-        ranks = [n for n in self._processes if n != "front"]
-        for names, patience in ((["front"], self.drain_s + KILL_SECONDS), (ranks, KILL_SECONDS)):
-            processes = [self._processes[n] for n in names if n in self._processes]
-            for process in processes:
-                if process.stdin is not None:
-                    process.stdin.close()  # an agent ends by itself, and says so by ending
-                elif process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + patience + (KILL_SECONDS if len(processes) > 1 else 0)
-            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-                if self._signals > max(before, 1):
-                    break
-                time.sleep(POLL_SECONDS)
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        self._end(["front"], self.drain_s + KILL_SECONDS, before)
+        self._release()
+        self._end([n for n in self._processes if n != "front"], KILL_SECONDS, before)
+
+    def _end(self, names: list[str], patience: float, n_signals: int) -> None:
+        processes = [self._processes[n] for n in names if n in self._processes]
+        for process in processes:
+            if process.stdin is not None:
+                process.stdin.close()  # an agent ends by itself, and says so by ending
+            elif process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + patience + (KILL_SECONDS if len(processes) > 1 else 0)
+        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            if self._signals > max(n_signals, 1):
+                break
+            time.sleep(POLL_SECONDS)
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _meeting(first: str) -> str:

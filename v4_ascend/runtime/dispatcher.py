@@ -60,8 +60,9 @@ class Dispatcher:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.plan)
-        is_one_host = all(self.watch.is_local)
-        self.link = FrontLink(self.state, "127.0.0.1" if is_one_host else self.plan.ranks[0].host)
+        # The address that other hosts reach this one by, where its name is no such address.
+        own = os.environ.get("V4_ASCEND_ADDRESS") or self.plan.ranks[0].host
+        self.link = FrontLink(self.state, "127.0.0.1" if all(self.watch.is_local) else own)
         self._ids = itertools.count()
         self._attempt = 0
         self._queues: dict[int, asyncio.Queue[Token | RequestError]] = {}

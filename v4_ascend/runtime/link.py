@@ -33,7 +33,7 @@ class Address:
     url: str
     public_key: str
     secret: str
-    front_pid: int | None  # None on other hosts, where the launcher's agent follows it
+    followed_pid: int  # the process of this host it ends with: the front, or who started it
 
     @classmethod
     def read(cls, state: Path) -> Address:
@@ -118,9 +118,8 @@ class RankLink:
 
     def receive(self) -> ToRank | None:
         """Wait for the next message; None when the front is gone."""
-        pid = self._address.front_pid
         while not self._socket.poll(timeout=1000):
-            if pid is not None and not is_alive(pid):
+            if not is_alive(self._address.followed_pid):
                 return None
         return self._decode.decode(self._socket.recv())
 

@@ -163,7 +163,7 @@ def _pool(t: Topology, pool: PoolPlan, shared: Shared) -> list[Launch]:
             flags = place | common | ({} if api else {"headless": ""})
             if not api:
                 flags.pop("api-server-count", None)
-            url = f"http://{_reached(t.serve.host)}:{t.serve.port}" if api else None
+            url = f"http://{reached(t.serve.host)}:{t.serve.port}" if api else None
             found.append(_launch(t, host, "both", flags, env, range(len(groups) * p.tp_size), url))
         elif shared.ports is not None:
             for k, group in enumerate(groups):
@@ -276,13 +276,13 @@ def _proxy(t: Topology, found: list[Launch]) -> Launch:
         members = [x for x in found if x.role == role and x.url is not None]
         argv += [f"--{word}-hosts", *(x.host for x in members)]
         argv += [f"--{word}-ports", *((x.url or "").rpartition(":")[2] for x in members)]
-    url = f"http://{_reached(t.serve.host)}:{t.serve.port}"
+    url = f"http://{reached(t.serve.host)}:{t.serve.port}"
     return Launch(here, "proxy", tuple(argv), {}, 1, url)
 
 
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104
 
 
-def _reached(host: str) -> str:
+def reached(host: str) -> str:
     """Return an address to reach a server by that listens on all."""
     return "127.0.0.1" if host in _EVERYWHERE else host

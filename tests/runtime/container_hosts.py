@@ -1,0 +1,137 @@
+"""Two hosts that start what compose files and pods say, as docker and a kubelet would.
+
+A host is a network namespace. A container is a process in it with exactly the command, the
+variables and the mounts that are written, in a mount namespace of its own; of the machine it has
+PATH and PYTHONPATH, which stand for an image.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from test_two_hosts import ip
+
+ROOT = Path(__file__).parents[2]
+HOSTS = {"v4c-one": "10.79.0.1", "v4c-two": "10.79.0.2"}
+FRONT = "10.80.0.2"  # of the first host, towards the test
+IMAGE = {
+    "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def lay_cables():
+    """Join the hosts with each other, and the first one with the test."""
+    remove()
+    for name in HOSTS:
+        ip("netns", "add", name)
+    one, two = HOSTS
+    ip("link", "add", "v4c0", "netns", one, "type", "veth", "peer", "v4c0", "netns", two)
+    ip("link", "add", "v4c-test", "type", "veth", "peer", "front0", "netns", one)
+    ip("addr", "add", "10.80.0.1/24", "dev", "v4c-test")
+    ip("link", "set", "v4c-test", "up")
+    ip("-n", one, "addr", "add", f"{FRONT}/24", "dev", "front0")
+    ip("-n", one, "link", "set", "front0", "up")
+    for name, address in HOSTS.items():
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", "v4c0")
+        for device in ("lo", "v4c0"):
+            ip("-n", name, "link", "set", device, "up")
+
+
+def remove():
+    for name in HOSTS:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def pids(name):
+    """Whatever runs on a host."""
+    done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+
+class Container:
+    """A process with what a container of this command, these variables and mounts would have."""
+
+    def __init__(self, host, command, env, mounts, log):
+        """Start it; a mount is (source, place inside), and source None is an empty folder."""
+        self.host, self.log = host, log
+        lines = ["set -e", "mount -t tmpfs -o mode=755 tmpfs /run"]
+        for source, inside in mounts:
+            place, from_ = shlex.quote(str(inside)), shlex.quote(str(source))
+            if source is None:
+                if str(inside).startswith("/run/"):  # others, such as /dev/shm, are there
+                    lines += [f"mkdir -p {place}", f"mount -t tmpfs -o mode=700 tmpfs {place}"]
+                continue
+            if str(inside).startswith("/run/"):
+                make = "mkdir -p" if Path(source).is_dir() else "install -D /dev/null"
+                lines.append(f"{make} {place}")
+            lines += [f"mount --bind {from_} {place}", f"mount -o remount,ro,bind {place}"]
+        variables = [f"{k}={v}" for k, v in (IMAGE | env).items()]
+        lines.append(shlex.join(["exec", "env", "-i", *variables, *command]))
+        self.process = subprocess.Popen(
+            ["ip", "netns", "exec", host, "sh", "-c", "\n".join(lines)],
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def said(self):
+        return self.log.read_text()
+
+    def kill(self):
+        """Kill all of it at once, as when its machine loses power."""
+        for pid in pids(self.host):
+            os.kill(pid, 9)
+        self.process.wait(10)
+
+
+def from_compose(file, host, hosts_file, log):
+    """Start the one service of a compose file."""
+    ((_, service),) = yaml.safe_load(file.read_text())["services"].items()
+    mounts = [(hosts_file, "/etc/hosts")]  # a container on the host's network has the host's
+    for volume in service["volumes"]:
+        assert (volume["type"], volume["read_only"]) == ("bind", True)
+        source = Path(os.path.normpath(file.parent / volume["source"]))
+        assert source.exists()
+        mounts.append((source, volume["target"]))
+    mounts += [(None, t.partition(":")[0]) for t in service["tmpfs"]]
+    command = [w.replace("$$", "$") for w in service["entrypoint"] + service["command"]]
+    env = {k: v.replace("$$", "$") for k, v in service["environment"].items() if v is not None}
+    return Container(host, command, env, mounts, log)
+
+
+def from_pod(template, config_maps, secrets, given, host, hosts_file, folder):
+    """Start the one container of a pod; `given` are variables that its controller sets."""
+    (container,) = template["spec"]["containers"]
+    fields = {"status.podIP": HOSTS[host]}
+    env = dict(given)
+    for entry in container["env"]:
+        field = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
+        env[entry["name"]] = entry["value"].replace("$$", "$") if field is None else fields[field]
+
+    def expanded(word):
+        return re.sub(r"\$\((\w+)\)", lambda m: env[m[1]], word)
+
+    sources = {}
+    for volume in template["spec"]["volumes"]:
+        source, name = folder / volume["name"], volume["name"]
+        if "configMap" in volume:
+            texts = config_maps[volume["configMap"]["name"]]
+        elif "secret" in volume:
+            secret = volume["secret"]
+            texts = {i["path"]: secrets[secret["secretName"]][i["key"]] for i in secret["items"]}
+        else:
+            sources[name] = volume["hostPath"]["path"] if "hostPath" in volume else None
+            continue
+        source.mkdir(parents=True, exist_ok=True)
+        for file_name, text in texts.items():
+            (source / file_name).write_text(text)
+            if "secret" in volume:
+                (source / file_name).chmod(volume["secret"]["defaultMode"])
+        sources[name] = source
+    mounts = [(sources[m["name"]], m["mountPath"]) for m in container["volumeMounts"]]
+    command = [expanded(w) for w in container["command"] + container["args"]]
+    return Container(host, command, env, [(hosts_file, "/etc/hosts"), *mounts], folder / "log")

@@ -1,0 +1,1 @@
+"""Files for pods and containers: each host of a plan starts by itself."""
