@@ -40,7 +40,13 @@ def topology(family, folder, **changes):
         "name": "it",
         "cluster": {"device": device, "supernodes": [hosts]},
         "model": {"checkpoint": "/models/it", "name": f"v4-{model}"},
-        "serve": {"max_model_len": 8192, "concurrency": 16, "host": "0.0.0.0", "port": 8000},
+        "serve": {
+            "max_model_len": 8192,
+            "concurrency": 16,
+            "host": "0.0.0.0",
+            "require_key": False,
+            "port": 8000,
+        },
         "layout": layout,
         "launcher": "docker",
     }

@@ -37,6 +37,7 @@ def topology_file(name, folder):
             "max_model_len": shape["context"],
             "concurrency": first["max-num-seqs"] * dp,
             "host": first.get("host", "0.0.0.0"),
+            "require_key": False,
             "port": first["port"] if isinstance(first["port"], int) else 9000,
             "n_draft_tokens": draft,
             "memory_utilisation": first["gpu-memory-utilization"],

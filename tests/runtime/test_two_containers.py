@@ -123,7 +123,10 @@ def running():
 
 @pytest.mark.slow
 def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path):
-    changes = {"container": {"image": "registry/v4:1"}, "serve": {"host": "0.0.0.0"}}
+    changes = {
+        "container": {"image": "registry/v4:1"},
+        "serve": {"host": "0.0.0.0", "require_key": False},
+    }
     file = topology(tmp_path, tiny, launcher="kubernetes", **changes)
     documents = yaml.safe_load_all(run("deploy", "--topology", file, "--dry-run"))
     found = {d["kind"]: d for d in documents}
