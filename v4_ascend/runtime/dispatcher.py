@@ -180,10 +180,11 @@ class Dispatcher:
                 continue
             pid = self.watch.ranks[verdict.rank].pid
             self._lose(reason)
-            if verdict.action == "end":
-                await self.link.end(reason, self.plan.parallel.world_size)
-                if self.watch.is_local[verdict.rank]:  # it may be stopped, and hears nothing
-                    os.kill(pid, signal.SIGKILL)
+            if verdict.action == "end" or not all(self.watch.is_local):
+                # Where a rank has ended its host's torchrun ends those there, and no others.
+                await self.link.end(reason, range(self.plan.parallel.world_size))
+            if verdict.action == "end" and self.watch.is_local[verdict.rank]:
+                os.kill(pid, signal.SIGKILL)  # it may be stopped, and hears nothing
 
     async def _send_steps(self) -> None:
         while True:
@@ -226,7 +227,11 @@ class Dispatcher:
         if known is not None and known.pid == hello.pid:
             return  # its heartbeat
         if known is not None:
-            self._lose(f"{self.watch.name(rank)} was started again (pid {hello.pid})")
+            reason = f"{self.watch.name(rank)} was started again (pid {hello.pid})"
+            self._lose(reason)
+            others = set(range(self.plan.parallel.world_size)) - {rank}
+            if not all(self.watch.is_local):
+                await self.link.end(reason, others)
         self.watch.met(rank, hello.pid)
         if self.health.state != "failed":
             self.health.state = "loading"
