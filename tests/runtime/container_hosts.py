@@ -78,11 +78,9 @@ class Container:
             lines += [f"mount --bind {from_} {place}", f"mount -o remount,ro,bind {place}"]
         variables = [f"{k}={v}" for k, v in (IMAGE | env).items()]
         lines.append(shlex.join(["exec", "env", "-i", *variables, *command]))
-        self.process = subprocess.Popen(
-            ["ip", "netns", "exec", host, "sh", "-c", "\n".join(lines)],
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        shell = ["ip", "netns", "exec", host, "sh", "-c", "\n".join(lines)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(shell, stdout=out, stderr=subprocess.STDOUT)
 
     def said(self):
         return self.log.read_text()
