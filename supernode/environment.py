@@ -34,12 +34,10 @@ def environment(pool: PoolPlan) -> tuple[Variable, ...]:
     if pool.chosen is None:
         return ()
     kind = pool.system.profile.kind
-    common = (
-        Variable(
-            "OMP_NUM_THREADS", "10", "host threads a rank may take; engines' tutorials use 10"
-        ),
-        *_timeouts(pool),
-    )
+    common = _timeouts(pool)
+    if kind != "cpu":  # where threads compute, the machine decides how many
+        threads = "host threads a rank may take; engines' tutorials use 10"
+        common = (Variable("OMP_NUM_THREADS", "10", threads), *common)
     if kind == "npu" and not pool.system.profile.emulated:
         return (*common, *_hccl(pool), *_npu())
     if kind == "cuda":

@@ -1,13 +1,14 @@
 """Two hosts that start what compose files and pods say, as docker and a kubelet would.
 
 A host is a network namespace. A container is a process in it with exactly the command, the
-variables and the mounts that are written, in a mount namespace of its own; of the machine it has
-PATH and PYTHONPATH, which stand for an image.
+variables and the mounts that are written, in a mount namespace of its own; PATH, PYTHONPATH and a
+number of threads stand for an image.
 """
 
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ FRONT = "10.80.0.2"  # of the first host, towards the test
 IMAGE = {
     "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin",
     "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",  # as vllm-ascend's image has it; the hosts share two cores
 }
 
 
@@ -43,13 +45,17 @@ def lay_cables():
 
 
 def remove():
+    """Take the hosts away with all that runs on them."""
     for name in HOSTS:
+        for pid in pids(name):
+            os.kill(pid, signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def pids(name):
     """Whatever runs on a host."""
-    done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
+    command = ["ip", "netns", "pids", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(pid) for pid in done.stdout.split()]
 
 
@@ -72,11 +78,9 @@ class Container:
             lines += [f"mount --bind {from_} {place}", f"mount -o remount,ro,bind {place}"]
         variables = [f"{k}={v}" for k, v in (IMAGE | env).items()]
         lines.append(shlex.join(["exec", "env", "-i", *variables, *command]))
-        self.process = subprocess.Popen(
-            ["ip", "netns", "exec", host, "sh", "-c", "\n".join(lines)],
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
+        shell = ["ip", "netns", "exec", host, "sh", "-c", "\n".join(lines)]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(shell, stdout=out, stderr=subprocess.STDOUT)
 
     def said(self):
         return self.log.read_text()
@@ -84,7 +88,7 @@ class Container:
     def kill(self):
         """Kill all of it at once, as when its machine loses power."""
         for pid in pids(self.host):
-            os.kill(pid, 9)
+            os.kill(pid, signal.SIGKILL)
         self.process.wait(10)
 
 

@@ -30,6 +30,16 @@ def tiny(tmp_path_factory):
     container_hosts.remove()
 
 
+@pytest.fixture(autouse=True)
+def started():
+    """Containers that a test starts, and that end with it."""
+    containers = []
+    yield containers
+    for c in containers:
+        if c.process.poll() is None:
+            c.kill()
+
+
 def run(*args):
     command = [sys.executable, "-m", "v4_ascend", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -71,7 +81,7 @@ def ask(**changes):
 
 
 @pytest.mark.slow
-def test_compose_files_start_answer_name_a_lost_host_and_stop(tiny, tmp_path):
+def test_compose_files_start_answer_name_a_lost_host_and_stop(tiny, tmp_path, started):
     file, out = topology(tmp_path, tiny, launcher="docker"), tmp_path / "out"
     run("deploy", "--topology", file, "--dry-run", "--out", out)
     names = tmp_path / "hosts"
@@ -79,7 +89,8 @@ def test_compose_files_start_answer_name_a_lost_host_and_stop(tiny, tmp_path):
 
     def start(name, host, attempt):
         log = tmp_path / f"{name}-{attempt}.log"
-        return from_compose(out / name / "compose.yaml", host, names, log)
+        started.append(from_compose(out / name / "compose.yaml", host, names, log))
+        return started[-1]
 
     # The other host is up first, and nobody knows the first one's name yet.
     b = start("host-b", TWO, 1)
@@ -89,7 +100,7 @@ def test_compose_files_start_answer_name_a_lost_host_and_stop(tiny, tmp_path):
             f"{address} host-{x}\n" for x, address in zip("ab", HOSTS.values(), strict=True)
         )
     a = start("host-a", ONE, 1)
-    wait_for(lambda: ready(a, b), seconds=90)
+    wait_for(lambda: ready(a, b), seconds=200)
     want = ask()
     assert want["finish_reason"] in ("stop", "length")
 
@@ -103,7 +114,7 @@ def test_compose_files_start_answer_name_a_lost_host_and_stop(tiny, tmp_path):
 
     # Whoever started them starts them again; then all are told to stop at once.
     a, b = start("host-a", ONE, 2), start("host-b", TWO, 2)
-    wait_for(lambda: ready(a, b), seconds=90)
+    wait_for(lambda: ready(a, b), seconds=200)
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(ask, max_tokens=100, ignore_eos=True)
         wait_for(lambda: running() > 0, seconds=20)
@@ -122,7 +133,7 @@ def running():
 
 
 @pytest.mark.slow
-def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path):
+def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path, started):
     changes = {
         "container": {"image": "registry/v4:1"},
         "serve": {"host": "0.0.0.0", "require_key": False},
@@ -135,7 +146,7 @@ def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path):
     secrets = {"two-secret": {"secret": "0123456789abcdef" * 4}}
     names = tmp_path / "hosts"
     names.write_text(f"127.0.0.1 localhost\n{HOSTS[ONE]} two-0.two.default\n")
-    pods = []
+    pods = started
     for i, (host, template) in enumerate(
         zip(HOSTS, (group["leaderTemplate"], group["workerTemplate"]), strict=True)
     ):
@@ -143,7 +154,7 @@ def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path):
         folder = tmp_path / f"pod-{i}"
         folder.mkdir()
         pods.append(from_pod(template, config_maps, secrets, given, host, names, folder))
-    wait_for(lambda: ready(*pods), seconds=90)
+    wait_for(lambda: ready(*pods), seconds=200)
     assert ask()["message"]["content"] is not None
     # A pod is deleted: the first one lets requests end and fails, so that the group is made anew.
     pods[1].process.send_signal(signal.SIGTERM)

@@ -180,11 +180,17 @@ class Dispatcher:
                 continue
             pid = self.watch.ranks[verdict.rank].pid
             self._lose(reason)
-            if verdict.action == "end" or not all(self.watch.is_local):
-                # Where a rank has ended its host's torchrun ends those there, and no others.
+            if verdict.action == "end":
                 await self.link.end(reason, range(self.plan.parallel.world_size))
-            if verdict.action == "end" and self.watch.is_local[verdict.rank]:
-                os.kill(pid, signal.SIGKILL)  # it may be stopped, and hears nothing
+                if self.watch.is_local[verdict.rank]:  # it may be stopped, and hears nothing
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                await self._end_elsewhere(verdict.rank, reason)
+
+    async def _end_elsewhere(self, rank: int, reason: str) -> None:
+        """Let other hosts' ranks start again too: a host's torchrun knows of its own alone."""
+        host = self.plan.ranks[rank].host
+        await self.link.end(reason, [r.rank for r in self.plan.ranks if r.host != host])
 
     async def _send_steps(self) -> None:
         while True:
@@ -229,9 +235,7 @@ class Dispatcher:
         if known is not None:
             reason = f"{self.watch.name(rank)} was started again (pid {hello.pid})"
             self._lose(reason)
-            others = set(range(self.plan.parallel.world_size)) - {rank}
-            if not all(self.watch.is_local):
-                await self.link.end(reason, others)
+            await self._end_elsewhere(rank, reason)
         self.watch.met(rank, hello.pid)
         if self.health.state != "failed":
             self.health.state = "loading"
