@@ -15,9 +15,16 @@ from v4_ascend.ops.rms_norm import rms_norm
 from v4_ascend.ops.rope import rope, rope_freqs, rope_table
 
 
-def state_rows(compress_ratio: int, overlaps: bool) -> int:
-    """Tokens of carried state per request: the group in progress, and the one before it."""
-    return compress_ratio * (2 if overlaps else 1)
+def state_rows(compress_ratio: int, overlaps: bool, n_guesses: int = 0) -> int:
+    """Tokens of carried state per request: the group in progress, and the one before it.
+
+    With overlap there is room for guesses behind them too, so that a request can go on in front
+    of them. Of the long groups none is ended by a guess: whoever brings guesses sees to that.
+    """
+    if not overlaps:
+        return compress_ratio
+    pair = 2 * compress_ratio
+    return -(-(pair - 1 + n_guesses) // pair) * pair
 
 
 def row_positions(seq_lens: torch.Tensor, cu_seqlens: torch.Tensor, ratio: int) -> list[int]:
@@ -165,7 +172,7 @@ def compress_kv(
         norm_weight  [c]  fp32
         cos, sin     [max_rows, pairs]  fp32, at `row_positions`;
                      max_rows = min(n_tokens, n_tokens // ratio + batch), no look at the lengths
-        state        [n_slots, rows, 2 w]  fp32, rows = ratio * w / c; K | Z of token t in row
+        state        [n_slots, rows, 2 w]  fp32, rows = `state_rows`; K | Z of token t in row
                      t % rows; written in place
         state_slots  [batch]  int64
         seq_lens     [batch]  int32, cu_seqlens [batch + 1] int32

@@ -11,7 +11,6 @@ from typing import Literal
 from pydantic import Field
 
 from v4_ascend.config.devices import DeviceProfile, Figure, WeightFormat
-from v4_ascend.config.inventory import n_draft_stages
 from v4_ascend.config.load import Section, load_yaml
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig
@@ -131,7 +130,7 @@ class MemoryModel:
         is_last = layers[1] == c.n_layers
         own = list(range(*layers))
         drafting = (
-            list(range(c.n_layers, c.n_layers + n_draft_stages(c)))
+            list(range(c.n_layers, c.n_layers + c.n_draft_layers))
             if is_last and self.drafts
             else []
         )

@@ -257,7 +257,7 @@ def test_trap_t19_ape_is_added_by_position_before_the_shuffle():
 
 
 def test_trap_t20_the_norm_comes_after_pooling_in_fp32():
-    model = build(CONFIG, with_mtp=False)
+    model = build(CONFIG, with_drafter=False)
     compressor = model.layers[2].attn.compressor
     assert compressor.norm.dtype == compressor.wkv.dtype == torch.float32
 
@@ -329,7 +329,7 @@ def test_trap_t33_the_bias_chooses_and_does_not_weigh():
 
 def test_trap_t43_indexer_queries_and_keys_are_both_rotated_or_neither():
     for quant_sim in (False, True):
-        indexer = build(CONFIG, quant_sim=quant_sim, with_mtp=False).layers[2].attn.indexer
+        indexer = build(CONFIG, quant_sim=quant_sim, with_drafter=False).layers[2].attn.indexer
         x = torch.randn(2, 128)
         assert torch.equal(indexer._rotated(x), x) is not quant_sim
 

@@ -28,7 +28,7 @@ def test_the_order_is_that_in_which_a_model_asks(tmp_path, format, n_drafts):
         asked.append(name)
         return checkpoint.tensor(name)
 
-    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_mtp=n_drafts > 0)
+    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_drafter=n_drafts > 0)
     plan = deploy_plan(load_topology("laptop", [f"serve.n_draft_tokens={n_drafts}"]), config)
     held = holdings(config, plan, plan.ranks[0])
     assert list(held) == asked

@@ -68,11 +68,6 @@ def model_tensors(config: ModelConfig) -> list[TensorSpec]:
     return list(_Inventory(config).outside())
 
 
-def n_draft_stages(config: ModelConfig) -> int:
-    """Count the blocks that draft: MTP layers, or the stages of DSpark."""
-    return len(config.dspark.target_layer_ids) if config.dspark else config.n_mtp_layers
-
-
 def shard_of(name: str, config: ModelConfig) -> int:
     """Return the 1-based shard the official layout puts a tensor in.
 
@@ -90,7 +85,7 @@ def shard_of(name: str, config: ModelConfig) -> int:
 
 def n_shards(config: ModelConfig) -> int:
     """Count the shards of the official layout."""
-    return 2 + config.n_layers + n_draft_stages(config)
+    return 2 + config.n_layers + config.n_draft_layers
 
 
 class _Inventory:
@@ -109,7 +104,7 @@ class _Inventory:
         for layer in range(c.n_layers):
             yield from self.block(f"layers.{layer}", c.compress_ratios[layer], layer)
         yield from head
-        for stage in range(n_draft_stages(c)):
+        for stage in range(c.n_draft_layers):
             yield from self.block(f"mtp.{stage}", 0, None)
             yield from (self.drafter(stage) if c.dspark else self.mtp(f"mtp.{stage}"))
 
@@ -188,7 +183,7 @@ class _Inventory:
             n_targets = len(c.dspark.target_layer_ids)
             yield from self.linear(f"{at}.main_proj", c.dim, n_targets * c.dim)
             yield TensorSpec(f"{at}.main_norm.weight", self.plain, (c.dim,))
-        if stage == n_draft_stages(c) - 1:
+        if stage == c.n_draft_layers - 1:
             rank = c.dspark.markov_rank
             yield TensorSpec(f"{at}.norm.weight", self.plain, (c.dim,))
             yield from self.mixer(f"{at}.hc_head", c.hc_mult, 1)

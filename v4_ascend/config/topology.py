@@ -183,6 +183,8 @@ class Serve(Section):
     are those of all requests together whose compressed rows are kept, by default `concurrency`
     times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
     group; 0 computes every prompt whole.
+    Of a drafter's guesses a step brings at most `n_draft_tokens`, and none that DSpark, with all
+    before it, gives less than `min_draft_confidence`; 0 brings all.
     `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
     of `cors_origins` may call the API.
     """
@@ -200,6 +202,7 @@ class Serve(Section):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     cors_origins: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
+    min_draft_confidence: float = Field(default=0.3, ge=0, le=1)
     cache_tokens: int | None = Field(default=None, ge=1)
     prefix_snapshots: int = Field(default=16, ge=0)
 
@@ -294,7 +297,6 @@ def require_supported(topology: Topology) -> None:
             "hosts with names",
         ),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
-        ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
         ("launcher", t.launcher == "kubernetes", "'local' and 'ssh'"),
         ("emulate", t.emulate, "real devices"),
     ):

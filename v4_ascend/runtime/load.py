@@ -26,7 +26,7 @@ def load_model(
     checkpoint: Checkpoint,
     numerics: Numerics,
     *,
-    with_mtp: bool,
+    with_drafter: bool,
     progress: Progress,
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
@@ -42,7 +42,7 @@ def load_model(
     checkpoint.require_complete()
     if held is None:
         headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
-        total = sum(h.nbytes for h in headers if with_mtp or not h.name.startswith("mtp."))
+        total = sum(h.nbytes for h in headers if with_drafter or not h.name.startswith("mtp."))
     else:
         total = bytes_read(held)
 
@@ -50,7 +50,7 @@ def load_model(
         return checkpoint.tensor(name, held[name].part if held is not None else None)
 
     source = _counted(tensor, total, progress, device)
-    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
+    return Transformer.read(source, checkpoint.config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def load_rank(
@@ -67,13 +67,13 @@ def load_rank(
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
-    config, with_mtp = checkpoint.config, plan.n_draft_tokens > 0
+    config, with_drafter = checkpoint.config, plan.n_draft_tokens > 0
     shard = shard_of(plan, groups, config)
     if isinstance(checkpoint, Checkpoint):
         return load_model(
             checkpoint,
             numerics,
-            with_mtp=with_mtp,
+            with_drafter=with_drafter,
             progress=progress,
             device=device,
             shard=shard,
@@ -81,7 +81,7 @@ def load_rank(
         )
     total = sum(h.nbytes for h in checkpoint.headers.values())
     source = _counted(checkpoint.tensor, total, progress, device)
-    return Transformer.read(source, config, numerics, with_mtp=with_mtp, shard=shard)
+    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
@@ -120,7 +120,7 @@ def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:
         if plan.expert_placement is not None
         else (even,) * (end - first)
     )
-    placed += (even,) * config.n_mtp_layers  # the drafter's, where there is one
+    placed += (even,) * config.n_draft_layers  # the drafter's, where there is one
     return Shard(
         layers=rank.layers,
         placement=placed,
