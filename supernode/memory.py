@@ -134,7 +134,9 @@ class MemoryModel:
             if is_last and self.drafts
             else []
         )
-        caching = [*own, *drafting[: c.n_mtp_layers]]
+        caching = [*own, *drafting]
+        # vLLM keeps states as rows of its own.
+        n_guesses = self.serving.n_draft_tokens if self.serving.engine == "native" else 0
         key = (p.tp_size, self.local_experts(p), layers)
         if key not in self._weighed:
             self._weighed[key] = self._weights(
@@ -142,11 +144,11 @@ class MemoryModel:
             )
         terms = dict(self._weighed[key])
         per_request = window_bytes(c, self.records, caching, self.window_rows)
-        per_request += state_bytes(c, own)
+        per_request += state_bytes(c, own, n_guesses)
         terms["request state"] = concurrency * per_request
         if self.serving.n_snapshots:
             terms["prefix snapshots"] = self.serving.n_snapshots * snapshot_bytes(
-                c, self.records, caching
+                c, self.records, caching, n_guesses
             )
         terms["activations"] = self._activations(p, concurrency, is_last=is_last)
         tokens = -(-concurrency * (1 + self.serving.n_draft_tokens) // (p.tp_size * p.cp_size))
@@ -195,5 +197,6 @@ def window_rows(config: ModelConfig, serving: Serving) -> int:
     """Rows of a window: vLLM frees what has left it; our ring holds the chunk beside it."""
     if serving.engine == "vllm":
         return config.window_size
+    ahead = config.dspark.block_size if config.dspark and serving.n_draft_tokens else 0
     blocks = (serving.max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
-    return BLOCK_TOKENS * min(blocks, -(-serving.max_model_len // BLOCK_TOKENS))
+    return BLOCK_TOKENS * min(blocks, -(-(serving.max_model_len + ahead) // BLOCK_TOKENS))

@@ -287,10 +287,18 @@ def deploy_plan(topology: Topology, config: ModelConfig) -> Plan:
 
 
 def _require_drafter(t: Topology, config: ModelConfig, p: ParallelConfig) -> None:
-    """Refuse a drafter that cannot be run, or not with this layout."""
-    where = t.where("serve.n_draft_tokens")
-    if config.dspark is not None:
-        raise NotYetError(where, "serve.n_draft_tokens: a DSpark drafter: not yet; MTP modules are")
+    """Refuse more drafts than the drafter makes, or one with this layout."""
+    where, n = t.where("serve.n_draft_tokens"), t.serve.n_draft_tokens
+    if config.dspark is None and n > 1:
+        raise NotYetError(
+            where, f"serve.n_draft_tokens: {n} tokens of an MTP module: not yet; it drafts one"
+        )
+    if config.dspark is not None and n > config.dspark.block_size:
+        raise ConfigError(
+            where,
+            f"serve.n_draft_tokens: {n}; the checkpoint's drafter guesses "
+            f"{config.dspark.block_size} at once",
+        )
     if p.pp_size > 1 or p.cp_size > 1:
         raise NotYetError(
             where,

@@ -53,7 +53,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     if layer < config.n_layers:
         return list(parts.block("layer", config.compress_ratios[layer], layer))
     stage = layer - config.n_layers
-    extra = parts.drafter(stage) if config.dspark else parts.mtp("layer")
+    extra = parts.drafter("layer", stage) if config.dspark else parts.mtp("layer")
     return [*parts.block("layer", 0, None), *extra]
 
 
@@ -105,8 +105,9 @@ class _Inventory:
             yield from self.block(f"layers.{layer}", c.compress_ratios[layer], layer)
         yield from head
         for stage in range(c.n_draft_layers):
-            yield from self.block(f"mtp.{stage}", 0, None)
-            yield from (self.drafter(stage) if c.dspark else self.mtp(f"mtp.{stage}"))
+            at = f"mtp.{stage}"
+            yield from self.block(at, 0, None)
+            yield from (self.drafter(at, stage) if c.dspark else self.mtp(at))
 
     def outside(self) -> Iterator[TensorSpec]:
         c = self.c
@@ -175,8 +176,8 @@ class _Inventory:
             yield TensorSpec(f"{at}.{norm}.weight", self.plain, (c.dim,))
         yield from self.mixer(f"{at}.hc_head", c.hc_mult, 1)
 
-    def drafter(self, stage: int) -> Iterator[TensorSpec]:
-        c, at = self.c, f"mtp.{stage}"
+    def drafter(self, at: str, stage: int) -> Iterator[TensorSpec]:
+        c = self.c
         if c.dspark is None:
             return
         if stage == 0:

@@ -180,21 +180,26 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"n_hash_layers ({self.n_hash_layers}) must not exceed n_layers ({self.n_layers})"
             )
-        if self.dspark and max(self.dspark.target_layer_ids) >= self.n_layers:
-            raise ValueError(
-                f"dspark_target_layer_ids {list(self.dspark.target_layer_ids)} must be below "
-                f"n_layers ({self.n_layers})"
-            )
-        if self.dspark and self.dspark.noise_token_id >= self.vocab_size:
-            raise ValueError(
-                f"dspark_noise_token_id ({self.dspark.noise_token_id}) must be below vocab_size "
-                f"({self.vocab_size})"
-            )
+        if self.dspark:
+            self._check_dspark(self.dspark)
         if bool(self.quant_types) != (self.quantization == "ascend"):
             raise ValueError(f"quant_types {self.quant_types} and {self.quantization!r} disagree")
         if self.quantization:
             self._check_groups()
         return self
+
+    def _check_dspark(self, dspark: DSparkConfig) -> None:
+        targets, noise = list(dspark.target_layer_ids), dspark.noise_token_id
+        if max(targets) >= self.n_layers:
+            raise ValueError(
+                f"dspark_target_layer_ids {targets} must be below n_layers ({self.n_layers})"
+            )
+        if targets != sorted(set(targets)):
+            raise ValueError(f"dspark_target_layer_ids {targets} must be ascending")
+        if noise >= self.vocab_size:
+            raise ValueError(
+                f"dspark_noise_token_id ({noise}) must be below vocab_size ({self.vocab_size})"
+            )
 
     def _check_groups(self) -> None:
         for name, width, group in (
@@ -215,7 +220,7 @@ class ModelConfig(BaseModel):
 
     @property
     def n_draft_layers(self) -> int:
-        """Blocks that draft: MTP layers, or DSpark's stages, which `n_mtp_layers` does not count."""
+        """Blocks that draft: MTP layers, or DSpark's stages, which no key of the file counts."""
         return len(self.dspark.target_layer_ids) if self.dspark else self.n_mtp_layers
 
     def kind(self, layer: int) -> LayerKind:

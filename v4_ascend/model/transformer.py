@@ -72,9 +72,7 @@ class Transformer:
             if config.dspark is not None:
                 dspark = DSpark.read(source, config, config.dspark, *of_drafter)
             else:
-                mtp = [
-                    MTP.read(source, n, config, *of_drafter) for n in range(config.n_mtp_layers)
-                ]
+                mtp = [MTP.read(source, n, config, *of_drafter) for n in range(config.n_mtp_layers)]
         return cls(config, numerics, shard, embed, layers, head, mtp, dspark)
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,8 @@ def load_model(
     def tensor(name: str) -> torch.Tensor:
         return checkpoint.tensor(name, held[name].part if held is not None else None)
 
-    source = _counted(tensor, total, progress, device)
-    return Transformer.read(source, checkpoint.config, numerics, with_drafter=with_drafter, shard=shard)
+    source, config = _counted(tensor, total, progress, device), checkpoint.config
+    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def load_rank(
