@@ -40,6 +40,7 @@ def _inputs(
     head_dim: int,
     dim: int,
     dtype: torch.dtype,
+    n_guesses: int = 0,
 ) -> dict[str, Any]:
     coff = 2 if ratio == 4 else 1
     new = torch.tensor([n for _, n in lengths])
@@ -63,7 +64,9 @@ def _inputs(
         "norm_weight": stored(weight(head_dim)),
         "cos": cos,
         "sin": sin,
-        "state": weight(len(lengths) + 1, state_rows(ratio, coff == 2), 2 * coff * head_dim),
+        "state": weight(
+            len(lengths) + 1, state_rows(ratio, coff == 2, n_guesses), 2 * coff * head_dim
+        ),
         "state_slots": torch.randperm(len(lengths) + 1, generator=g)[: len(lengths)],
         "seq_lens": seq_lens,
         "cu_seqlens": cu_seqlens,
@@ -85,7 +88,14 @@ def _cases() -> Iterator[Case]:
             for name, seqs in lengths.items():
                 make = partial(_inputs, lengths=seqs, ratio=ratio, head_dim=8, dim=24, dtype=dtype)
                 yield Case(f"{kind}-r{ratio}-{name}", make)
+            small: dict[str, Any] = {"ratio": ratio, "head_dim": 8, "dim": 24, "dtype": dtype}
+            make = partial(_inputs, lengths=((9, 6), (62, 6), (0, 6)), n_guesses=5, **small)
+            yield Case(f"{kind}-r{ratio}-guesses", make)
             for model, dim in (("flash", 4096), ("pro", 7168)):
+                if ratio == 4:
+                    wide: dict[str, Any] = {"ratio": 4, "head_dim": 512, "dim": dim, "dtype": dtype}
+                    make = partial(_inputs, lengths=((1021, 6), (62, 6)), n_guesses=5, **wide)
+                    yield Case(f"{kind}-r4-{model}-guesses", make, models=(model,))
                 for head_dim in (512, 128) if ratio == 4 else (512,):
                     seqs = ((1021, 7), (0, 300))
                     make = partial(

@@ -82,3 +82,14 @@ def test_caches_for_less_than_one_request_are_refused():
 def test_drafts_that_cannot_be_made_are_refused(config, asked, error, says):
     with pytest.raises(error, match=says):
         deploy_plan(load_topology("laptop", asked), config)
+
+
+def test_dspark_is_refused_where_the_vendors_attention_has_no_room_for_it():
+    model = ModelConfig.read(preset_path("flash-0731"))
+    host = "cluster.supernodes=[{name: a, host_count: 1, devices_per_host: 8}]"
+    asked = ["cluster.device=ascend-950dt-96", host, "layout={dp_size: 8, ep_size: 8}"]
+    asked.append("serve.n_draft_tokens=5")
+    with pytest.raises(NotYetError, match="DSpark on ascend-950dt-96: not yet; .* tokens see 133"):
+        deploy_plan(load_topology("laptop", asked), model)
+    plan = deploy_plan(load_topology("laptop", [*asked, "runtime.fallback=reference"]), model)
+    assert plan.n_draft_tokens == 5

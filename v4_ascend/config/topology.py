@@ -183,8 +183,8 @@ class Serve(Section):
     are those of all requests together whose compressed rows are kept, by default `concurrency`
     times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
     group; 0 computes every prompt whole.
-    Of a drafter's guesses a step brings at most `n_draft_tokens`, and none that DSpark, with all
-    before it, gives less than `min_draft_confidence`; 0 brings all.
+    A step computes at most `n_draft_tokens` guesses of a request, and none that DSpark, with
+    those before it, gives less of a chance than `min_draft_confidence`.
     `requests_per_minute` is a limit for each API key, or without keys for each address. Web pages
     of `cors_origins` may call the API.
     """
