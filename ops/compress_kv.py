@@ -15,9 +15,16 @@ from v4_ascend.ops.rms_norm import rms_norm
 from v4_ascend.ops.rope import rope, rope_freqs, rope_table
 
 
-def state_rows(compress_ratio: int, overlaps: bool) -> int:
-    """Tokens of carried state per request: the group in progress, and the one before it."""
-    return compress_ratio * (2 if overlaps else 1)
+def state_rows(compress_ratio: int, overlaps: bool, n_guesses: int = 0) -> int:
+    """Tokens of carried state per request: the group in progress, and the one before it.
+
+    With overlap there is room for guesses behind them too, so that a request can go on in front
+    of them. Of the long groups none is ended by a guess: whoever brings guesses sees to that.
+    """
+    if not overlaps:
+        return compress_ratio
+    pair = 2 * compress_ratio
+    return -(-(pair - 1 + n_guesses) // pair) * pair
 
 
 def row_positions(seq_lens: torch.Tensor, cu_seqlens: torch.Tensor, ratio: int) -> list[int]:
@@ -33,6 +40,7 @@ def _inputs(
     head_dim: int,
     dim: int,
     dtype: torch.dtype,
+    n_guesses: int = 0,
 ) -> dict[str, Any]:
     coff = 2 if ratio == 4 else 1
     new = torch.tensor([n for _, n in lengths])
@@ -56,7 +64,9 @@ def _inputs(
         "norm_weight": stored(weight(head_dim)),
         "cos": cos,
         "sin": sin,
-        "state": weight(len(lengths) + 1, state_rows(ratio, coff == 2), 2 * coff * head_dim),
+        "state": weight(
+            len(lengths) + 1, state_rows(ratio, coff == 2, n_guesses), 2 * coff * head_dim
+        ),
         "state_slots": torch.randperm(len(lengths) + 1, generator=g)[: len(lengths)],
         "seq_lens": seq_lens,
         "cu_seqlens": cu_seqlens,
@@ -78,7 +88,14 @@ def _cases() -> Iterator[Case]:
             for name, seqs in lengths.items():
                 make = partial(_inputs, lengths=seqs, ratio=ratio, head_dim=8, dim=24, dtype=dtype)
                 yield Case(f"{kind}-r{ratio}-{name}", make)
+            small: dict[str, Any] = {"ratio": ratio, "head_dim": 8, "dim": 24, "dtype": dtype}
+            make = partial(_inputs, lengths=((9, 6), (62, 6), (0, 6)), n_guesses=5, **small)
+            yield Case(f"{kind}-r{ratio}-guesses", make)
             for model, dim in (("flash", 4096), ("pro", 7168)):
+                if ratio == 4:
+                    wide: dict[str, Any] = {"ratio": 4, "head_dim": 512, "dim": dim, "dtype": dtype}
+                    make = partial(_inputs, lengths=((1021, 6), (62, 6)), n_guesses=5, **wide)
+                    yield Case(f"{kind}-r4-{model}-guesses", make, models=(model,))
                 for head_dim in (512, 128) if ratio == 4 else (512,):
                     seqs = ((1021, 7), (0, 300))
                     make = partial(
@@ -165,7 +182,7 @@ def compress_kv(
         norm_weight  [c]  fp32
         cos, sin     [max_rows, pairs]  fp32, at `row_positions`;
                      max_rows = min(n_tokens, n_tokens // ratio + batch), no look at the lengths
-        state        [n_slots, rows, 2 w]  fp32, rows = ratio * w / c; K | Z of token t in row
+        state        [n_slots, rows, 2 w]  fp32, rows = `state_rows`; K | Z of token t in row
                      t % rows; written in place
         state_slots  [batch]  int64
         seq_lens     [batch]  int32, cu_seqlens [batch + 1] int32

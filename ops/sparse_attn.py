@@ -13,6 +13,8 @@ from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
 from v4_ascend.ops.ragged import locate
 from v4_ascend.ops.records import RECORDS, load_rows, store_rows
 
+# Blocks of a drafter: each of five tokens is a request that ends with the block.
+BLOCKS = ((4, 1),) * 5 + ((139, 1),) * 5 + ((1000, 1),) * 5
 MAX_GATHERED = 1 << 24  # elements of gathered rows held at once: 64 MiB in fp32
 
 
@@ -91,6 +93,15 @@ def _cases() -> Iterator[Case]:
                 }
                 make = partial(_inputs, lengths=seqs, ratio=ratio, topk=topk, dtype=dtype, **small)
                 yield Case(f"{record}-{kind}-{name}", make)
+        block: dict[str, Any] = {
+            "ratio": 0,
+            "topk": None,
+            "n_heads": 3,
+            "head_dim": 8,
+            "window_size": 133,
+        }
+        make = partial(_inputs, lengths=BLOCKS, record=record, dtype=dtype, **block)
+        yield Case(f"{record}-swa-block", make)
     for record in ("bf16", "fp8_584", "fp8_640"):
         for model, n_heads, topk in (("flash", 64, 512), ("pro", 128, 1024)):
             for kind, ratio, block_rows in (
@@ -115,6 +126,9 @@ def _cases() -> Iterator[Case]:
                     **wide,
                 )
                 yield Case(f"{record}-{model}-{kind}", make, models=(model,))
+            wide |= {"ratio": 0, "topk": None, "window_size": 133}
+            make = partial(_inputs, lengths=BLOCKS, dtype=torch.bfloat16, **wide)
+            yield Case(f"{record}-{model}-swa-block", make, models=(model,))
 
 
 def _attend(

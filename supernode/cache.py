@@ -73,18 +73,23 @@ def window_bytes(
     return len(list(layers)) * window_rows * records.kv
 
 
-def snapshot_bytes(config: ModelConfig, records: RecordBytes, layers: Sequence[int]) -> int:
+def snapshot_bytes(
+    config: ModelConfig, records: RecordBytes, layers: Sequence[int], n_guesses: int = 0
+) -> int:
     """Bytes of what is kept of one prefix beside its blocks: a block of windows, CSA's states."""
     csa = [n for n in layers if config.compress_ratios[n] == 4]
-    return window_bytes(config, records, layers, BLOCK_TOKENS) + state_bytes(config, csa)
+    return window_bytes(config, records, layers, BLOCK_TOKENS) + state_bytes(config, csa, n_guesses)
 
 
-def state_bytes(config: ModelConfig, layers: Iterable[int]) -> int:
-    """Bytes of the compressors' fp32 states of one request over `layers`: K and Z rows."""
-    total = 0
+def state_bytes(config: ModelConfig, layers: Iterable[int], n_guesses: int = 0) -> int:
+    """Bytes of the compressors' fp32 states of one request over `layers`: K and Z rows.
+
+    CSA's have room to go on in front of as many guesses, by whole pairs of groups.
+    """
+    total, csa_rows = 0, -(-(7 + n_guesses) // 8) * 8
     for layer in layers:
         ratio = config.compress_ratios[layer]
-        rows, width = (8, 2) if ratio == 4 else (ratio, 1)
+        rows, width = (csa_rows, 2) if ratio == 4 else (ratio, 1)
         if ratio:
             dims = config.head_dim + (config.index_head_dim if ratio == 4 else 0)
             total += rows * width * dims * 2 * STATE_BYTES

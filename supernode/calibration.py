@@ -104,7 +104,7 @@ def predict_ms(row: Row, k: Constants) -> float:
     memory, system, parallel = _parts(row)
     model = TimeModel(memory, system, parallel, k)
     step = model.stage(
-        (0, memory.config.n_layers), _load(row), n_draft_passes=row.n_draft_tokens
+        (0, memory.config.n_layers), _load(row), n_draft_tokens=row.n_draft_tokens
     ).total
     return 1e3 * step / (1 + row.accepted)
 

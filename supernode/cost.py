@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from v4_ascend.config.model import ModelConfig
+from v4_ascend.config.model import DSparkConfig, ModelConfig
 from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.supernode.memory import MemoryModel
 from v4_ascend.supernode.weights import layer_weights, outer_weights
@@ -72,6 +72,13 @@ class CostModel:
         n = load.n_requests if load.is_prefill else load.n_tokens
         weight = outer_weights(c, self.fmt).split["head"] / self.p.tp_size
         return OpCost("head", "head", weight, 2 * n * weight / ACT, "bf16")
+
+    def markov(self, load: Load, dspark: DSparkConfig) -> OpCost:
+        """Cost one correction of DSpark's logits: a matrix over the vocabulary, kept in fp32."""
+        weight = self.config.vocab_size * dspark.markov_rank * 4
+        logits = load.n_requests * self.config.vocab_size * 4
+        flops = 2 * load.n_requests * weight / 4
+        return OpCost("markov head", "head", weight + 3 * logits, flops, "bf16", 4)
 
     def _attention(self, layer: int, ratio: int, load: Load) -> Iterator[OpCost]:
         c, n, tp = self.config, load.n_tokens, self.p.tp_size

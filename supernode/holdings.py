@@ -37,6 +37,7 @@ SPLIT_DIM = {
 READ_ORDER = (
     "embed",
     *("e_proj", "h_proj", "enorm", "hnorm"),
+    *("main_proj", "main_norm"),
     "attn_norm",
     "ffn_norm",
     *(f"hc_{at}_{part}" for at in ("attn", "ffn") for part in ("fn", "scale", "base")),
@@ -53,6 +54,7 @@ READ_ORDER = (
     "head",
     "norm",
     *(f"hc_head_{part}" for part in ("fn", "scale", "base")),
+    *("markov_head.markov_w1", "markov_head.markov_w2", "confidence_head.proj"),
 )
 
 
@@ -117,7 +119,7 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
         _hold(held, of_layer.shared, plan, rank)
     if end == config.n_layers:
         _hold(held, reads.head, plan, rank)
-        for drafting in reads.mtp if plan.n_draft_tokens else ():
+        for drafting in reads.drafting if plan.n_draft_tokens else ():
             _hold(held, drafting.before, plan, rank)
             held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w13[e]}
             held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w2[e]}
@@ -168,7 +170,7 @@ def _hold(held: dict[str, Held], whole: Iterable[Held], plan: Plan, rank: Rank) 
 class _LayerReads:
     """One layer, in the order it is read: gate and up projections of all experts come first.
 
-    A drafter has a `head` of its own.
+    A drafter has a `head` of its own: MTP, or the last of DSpark's stages.
     """
 
     before: tuple[Held, ...]
@@ -183,7 +185,7 @@ class _Reads:
     embed: tuple[Held, ...]
     layers: tuple[_LayerReads, ...]
     head: tuple[Held, ...]
-    mtp: tuple[_LayerReads, ...]
+    drafting: tuple[_LayerReads, ...]
 
 
 @lru_cache(maxsize=4)
@@ -194,9 +196,9 @@ def _reads(config: ModelConfig) -> _Reads:
         embed=_ordered(t for t in outside if t.name.startswith("embed.")),
         layers=tuple(_layer_reads(config, n) for n in range(config.n_layers)),
         head=_ordered(t for t in outside if not t.name.startswith("embed.")),
-        mtp=tuple(_layer_reads(config, config.n_layers + n) for n in range(config.n_mtp_layers))
-        if config.dspark is None
-        else (),
+        drafting=tuple(
+            _layer_reads(config, config.n_layers + n) for n in range(config.n_draft_layers)
+        ),
     )
 
 

@@ -11,7 +11,6 @@ from typing import Literal
 from pydantic import Field
 
 from v4_ascend.config.devices import DeviceProfile, Figure, WeightFormat
-from v4_ascend.config.inventory import n_draft_stages
 from v4_ascend.config.load import Section, load_yaml
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import ParallelConfig
@@ -131,11 +130,13 @@ class MemoryModel:
         is_last = layers[1] == c.n_layers
         own = list(range(*layers))
         drafting = (
-            list(range(c.n_layers, c.n_layers + n_draft_stages(c)))
+            list(range(c.n_layers, c.n_layers + c.n_draft_layers))
             if is_last and self.drafts
             else []
         )
-        caching = [*own, *drafting[: c.n_mtp_layers]]
+        caching = [*own, *drafting]
+        # vLLM keeps states as rows of its own.
+        n_guesses = self.serving.n_draft_tokens if self.serving.engine == "native" else 0
         key = (p.tp_size, self.local_experts(p), layers)
         if key not in self._weighed:
             self._weighed[key] = self._weights(
@@ -143,11 +144,11 @@ class MemoryModel:
             )
         terms = dict(self._weighed[key])
         per_request = window_bytes(c, self.records, caching, self.window_rows)
-        per_request += state_bytes(c, own)
+        per_request += state_bytes(c, own, n_guesses)
         terms["request state"] = concurrency * per_request
         if self.serving.n_snapshots:
             terms["prefix snapshots"] = self.serving.n_snapshots * snapshot_bytes(
-                c, self.records, caching
+                c, self.records, caching, n_guesses
             )
         terms["activations"] = self._activations(p, concurrency, is_last=is_last)
         tokens = -(-concurrency * (1 + self.serving.n_draft_tokens) // (p.tp_size * p.cp_size))
@@ -196,5 +197,6 @@ def window_rows(config: ModelConfig, serving: Serving) -> int:
     """Rows of a window: vLLM frees what has left it; our ring holds the chunk beside it."""
     if serving.engine == "vllm":
         return config.window_size
+    ahead = config.dspark.block_size if config.dspark and serving.n_draft_tokens else 0
     blocks = (serving.max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
-    return BLOCK_TOKENS * min(blocks, -(-serving.max_model_len // BLOCK_TOKENS))
+    return BLOCK_TOKENS * min(blocks, -(-(serving.max_model_len + ahead) // BLOCK_TOKENS))

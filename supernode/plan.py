@@ -67,6 +67,7 @@ class Plan(_Frozen):
     cache_tokens: int | None = None
     prefix_snapshots: int = 16
     n_draft_tokens: int = 0
+    min_draft_confidence: float = 0.3
     dtype: Literal["fp32", "bf16"] | None
     quant_sim: Literal["auto", "on", "off"]
     kernels: Literal["fast", "reference"]
@@ -162,6 +163,7 @@ def plan_of(
         cache_tokens=serve.cache_tokens,
         prefix_snapshots=serve.prefix_snapshots,
         n_draft_tokens=serve.n_draft_tokens,
+        min_draft_confidence=serve.min_draft_confidence,
         dtype=t.runtime.dtype,
         quant_sim=t.runtime.quant_sim,
         kernels=t.runtime.kernels,

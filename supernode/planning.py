@@ -277,7 +277,7 @@ def deploy_pool(topology: Topology, config: ModelConfig) -> tuple[Plan, PoolPlan
         )
     plan = plan_for(t, pool)
     if plan.n_draft_tokens:
-        _require_drafter(t, config, plan.parallel)
+        _require_drafter(t, config, plan, pool.system.profile)
     if plan.cache_tokens is not None:
         share = plan.cache_tokens // plan.parallel.dp_size
         if share < plan.max_model_len:
@@ -294,16 +294,32 @@ def deploy_pool(topology: Topology, config: ModelConfig) -> tuple[Plan, PoolPlan
     return plan, pool
 
 
-def _require_drafter(t: Topology, config: ModelConfig, p: ParallelConfig) -> None:
-    """Refuse a drafter that cannot be run, or not with this layout."""
-    where = t.where("serve.n_draft_tokens")
-    if config.dspark is not None:
-        raise NotYetError(where, "serve.n_draft_tokens: a DSpark drafter: not yet; MTP modules are")
+def _require_drafter(t: Topology, config: ModelConfig, plan: Plan, profile: DeviceProfile) -> None:
+    """Refuse more drafts than the drafter makes, or one with this layout or on this device."""
+    where, n, p = t.where("serve.n_draft_tokens"), plan.n_draft_tokens, plan.parallel
+    if config.dspark is None and n > 1:
+        raise NotYetError(
+            where, f"serve.n_draft_tokens: {n} tokens of an MTP module: not yet; it drafts one"
+        )
+    if config.dspark is not None and n > config.dspark.block_size:
+        raise ConfigError(
+            where,
+            f"serve.n_draft_tokens: {n}; the checkpoint's drafter guesses "
+            f"{config.dspark.block_size} at once",
+        )
     if p.pp_size > 1 or p.cp_size > 1:
         raise NotYetError(
             where,
             f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; "
             "pp_size and cp_size must be 1",
+        )
+    is_vendors = profile.records.kv == "fp8_640" and plan.kernels == "fast"
+    if config.dspark is not None and is_vendors and plan.fallback == "error":
+        raise NotYetError(
+            where,
+            f"serve.n_draft_tokens: DSpark on {profile.name}: not yet; the attention over its "
+            f"FP8 rows takes windows of {config.window_size} tokens, a block's tokens see "
+            f"{config.window_size + config.dspark.block_size}; runtime.fallback: reference, or 0",
         )
 
 

@@ -197,7 +197,7 @@ def _context_at_least(c: Candidate, r: Rule) -> str | None:
 @_check
 def _has_drafter(c: Candidate, r: Rule) -> str | None:
     wanted = c.serving.n_draft_tokens
-    if wanted and not c.config.n_mtp_layers and c.config.dspark is None:
+    if wanted and not c.config.n_draft_layers:
         return f"{wanted} draft tokens, the checkpoint has no MTP layer and no DSpark blocks"
     return None
 

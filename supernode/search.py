@@ -239,8 +239,8 @@ class Search:
         model, load = self.time_model(parallel), self.decode_load(parallel, max(1, batch // pp))
         costs = [model.layer_s(i, load) for i in range(c.n_layers)]
         last = model.head_s(load)
-        if self.serving.n_draft_tokens and c.n_mtp_layers:
-            last += self.serving.n_draft_tokens * (model.layer_s(c.n_layers, load) + last)
+        if self.serving.n_draft_tokens:
+            last += model.drafter_s(load, self.serving.n_draft_tokens)
         return balance(costs, pp, 0.0, last)
 
     def _stages(
@@ -341,7 +341,7 @@ class Search:
         pp = len(layers)
         load = self.decode_load(model.p, -(-batch // pp))
         drafts = self.serving.n_draft_tokens
-        stages = [model.stage(r, load, n_draft_passes=drafts) for r in layers]
+        stages = [model.stage(r, load, n_draft_tokens=drafts) for r in layers]
         if pp == 1:
             return stages[0]
         slowest = max(stages, key=lambda s: s.total)

@@ -94,7 +94,7 @@ class TimeModel:
         self._bandwidth = self.profile.memory_bytes_per_s.value * constants.memory_efficiency
         self._efficiency = constants.compute_efficiency(self.profile.family)
 
-    def stage(self, layers: tuple[int, int], load: Load, *, n_draft_passes: int = 0) -> StepTime:
+    def stage(self, layers: tuple[int, int], load: Load, *, n_draft_tokens: int = 0) -> StepTime:
         """Time one stage on `layers`; the last one has head and drafter."""
         c = self.memory.config
         parts: dict[str, float] = {}
@@ -103,17 +103,24 @@ class TimeModel:
                 parts[part] = parts.get(part, 0.0) + n * s
         if layers[1] == c.n_layers:
             self._put(parts, self.cost.head(load), 1)
-            if n_draft_passes and c.n_mtp_layers:
-                draft = replace(
-                    load,
-                    n_tokens=load.n_requests,
-                    n_group_tokens=max(1, load.n_group_tokens * load.n_requests // load.n_tokens),
-                )
-                drafted: dict[str, float] = {}
-                self._add(drafted, c.n_layers, draft, n_draft_passes)
-                self._put(drafted, self.cost.head(draft), n_draft_passes)
-                parts["drafter"] = sum(drafted.values())
+            if n_draft_tokens:
+                parts["drafter"] = self.drafter_s(load, n_draft_tokens)
         return StepTime(parts)
+
+    def drafter_s(self, load: Load, n_draft_tokens: int) -> float:
+        """Seconds of drafting: by MTP a pass for each token, by DSpark one for a whole block."""
+        c, parts = self.memory.config, dict[str, float]()
+        block = c.dspark.block_size if c.dspark else 1
+        n_layers, n_passes = (c.n_draft_layers, 1) if c.dspark else (1, n_draft_tokens)
+        n = load.n_requests * block
+        n_group = max(1, load.n_group_tokens * n // load.n_tokens)
+        draft = replace(load, n_tokens=n, n_group_tokens=n_group)
+        for layer in range(c.n_layers, c.n_layers + n_layers):
+            self._add(parts, layer, draft, n_passes)
+        self._put(parts, self.cost.head(draft), n_passes)
+        if c.dspark:
+            self._put(parts, self.cost.markov(load, c.dspark), block)
+        return sum(parts.values())
 
     def layer_s(self, layer: int, load: Load) -> float:
         """Seconds of one layer, its collectives included."""

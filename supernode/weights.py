@@ -19,7 +19,6 @@ from v4_ascend.config.inventory import (
     expert_tensors,
     layer_tensors,
     model_tensors,
-    n_draft_stages,
 )
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.quant_types import base_of
@@ -64,7 +63,7 @@ def outer_weights(config: ModelConfig, fmt: WeightFormat) -> LayerWeights:
 
 def model_bytes(config: ModelConfig, fmt: WeightFormat, *, drafter: bool = True) -> int:
     """Sum all weights, each once."""
-    n = config.n_layers + (n_draft_stages(config) if drafter else 0)
+    n = config.n_layers + (config.n_draft_layers if drafter else 0)
     layers = (layer_weights(config, i, fmt).total(config.n_routed_experts) for i in range(n))
     return outer_weights(config, fmt).total(0) + sum(layers)
 

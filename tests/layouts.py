@@ -44,8 +44,8 @@ LAYOUTS = {
 }
 
 
-def write_tiny(folder, seed=3, raw=None):
-    raw = raw or json.loads(preset_path("tiny").read_text()) | CHANGES
+def write_tiny(folder, seed=3, raw=None, preset="tiny"):
+    raw = raw or json.loads(preset_path(preset).read_text()) | CHANGES
     file = folder.with_suffix(".config.json")
     file.write_text(json.dumps(raw))
     write_synthetic(ModelConfig.read(file), folder, seed=seed)

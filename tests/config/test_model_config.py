@@ -8,11 +8,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from v4_ascend.config.model import DERIVED, NAMES, ModelConfig
-from v4_ascend.config.presets import preset_path
+from v4_ascend.config.presets import preset_names, preset_path
 from v4_ascend.errors import ConfigError
 
 DATA = Path(__file__).parents[1] / "data"
 FLASH = json.loads((DATA / "v4_flash_config.json").read_text())
+SPARK = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 128799,
+    "dspark_target_layer_ids": [40, 41, 42],
+    "dspark_markov_rank": 256,
+}
 
 
 @pytest.mark.parametrize("name", ["v4_flash", "v4_pro", "v4_flash_0731"])
@@ -31,9 +37,18 @@ def test_layer_kinds(name, kinds):
 
 def test_trap_t48_trailing_mtp_entries_of_later_configs_are_one_per_layer():
     config = ModelConfig.read(DATA / "v4_flash_0731_config.json")
-    assert len(config.compress_ratios) == 44
-    assert config.n_mtp_layers == 1
+    assert len(config.compress_ratios) == 46
+    assert (config.n_mtp_layers, config.n_draft_layers) == (1, 3)
     assert config.dspark.target_layer_ids == (40, 41, 42)
+
+
+@pytest.mark.parametrize("n_listed", [43, 44, 46, 50])
+def test_dsparks_stages_are_swa_however_many_entries_there_are(n_listed):
+    raw = json.loads((DATA / "v4_flash_0731_config.json").read_text())
+    raw["compress_ratios"] = [*raw["compress_ratios"][:43], *[0] * (n_listed - 43)]
+    config = ModelConfig.from_hf(raw)
+    assert config.compress_ratios[43:] == (0, 0, 0)
+    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 def test_trap_t59_ratio_4_is_csa_and_128_is_hca():
@@ -46,7 +61,7 @@ def test_experts_are_fp4_where_the_april_config_does_not_say():
     assert ModelConfig.from_hf(FLASH).expert_dtype == "fp4"
 
 
-@pytest.mark.parametrize("name", ["tiny", "ascend-slice", "wide", "flash", "pro", "flash-0731"])
+@pytest.mark.parametrize("name", preset_names())
 def test_presets_are_models(name):
     assert ModelConfig.read(preset_path(name)).unknown_keys == ()
 
@@ -62,7 +77,7 @@ def without(key):
         (without("model_type"), "model_type is None"),
         (FLASH | {"compress_ratios": [0, 4]}, r"has 2 entries, must have one per layer: 44"),
         (FLASH | {"compress_ratios": [0, 2] + [4] * 41 + [0]}, r"has \[2\], must be 0, 4 or 128"),
-        (FLASH | {"compress_ratios": [4] * 44}, "MTP layers must be 0"),
+        (FLASH | {"compress_ratios": [4] * 44}, "layers that draft must be 0"),
         (without("compress_ratios"), "no compress_ratios"),
         (without("hidden_size"), "hidden_size is missing"),
         (FLASH | {"o_groups": 7}, r"o_groups \(7\) must divide n_heads \(64\)"),
@@ -78,6 +93,12 @@ def without(key):
         (FLASH | {"moe_intermediate_size": 96}, r"moe_inter_dim \(96\) must be a multiple of 128"),
         (FLASH | {"dspark_block_size": 5}, "dspark_noise_token_id is missing"),
         (FLASH | {"dspark_size": 5}, "dspark_.* is missing"),
+        (FLASH | SPARK | {"dspark_target_layer_ids": [42, 41]}, r"\[42, 41\] must be ascending"),
+        (
+            FLASH | SPARK | {"dspark_target_layer_ids": [43]},
+            r"\[43\] must be below n_layers",
+        ),
+        (FLASH | SPARK | {"dspark_noise_token_id": 129280}, r"\(129280\) must be below vocab_size"),
         (FLASH | {"tie_word_embeddings": True}, "tie_word_embeddings is True, V4 has False"),
         (FLASH | {"scoring_func": "softmax"}, "scoring_func must be .* got 'softmax'"),
         (FLASH | {"torch_dtype": "float16"}, "torch_dtype is 'float16'"),

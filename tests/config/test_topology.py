@@ -152,7 +152,6 @@ def test_an_override_leaves_what_an_alias_shares_alone(read):
     ("override", "says"),
     [
         ("emulate=true", "emulate: not yet"),
-        ("serve.n_draft_tokens=2", "serve.n_draft_tokens: not yet"),
         ("cluster.supernodes=[{name: a, host_count: 2}]", "cluster.supernodes: not yet"),
     ],
 )

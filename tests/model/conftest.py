@@ -55,14 +55,14 @@ def hashed_tensor(spec, config):
     return u.float()
 
 
-def build(config, *, quant_sim=False, with_mtp=True, change=lambda name, tensor: tensor):
+def build(config, *, quant_sim=False, with_drafter=True, change=lambda name, tensor: tensor):
     specs = {s.name: s for s in inventory(config)}
     numerics = Numerics(torch.float32, quant_sim)
     return Transformer.read(
         lambda name: change(name, hashed_tensor(specs[name], config)),
         config,
         numerics,
-        with_mtp=with_mtp,
+        with_drafter=with_drafter,
     )
 
 

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, caches
+from dspark_reference import Reference
 from transformers import AutoModelForCausalLM
 
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
+from v4_ascend.model.numerics import Numerics
+from v4_ascend.runtime.kv_cache import Chunk
+from v4_ascend.runtime.load import load_model
 from v4_ascend.runtime.parity import Recording, record
 
 TINY = ModelConfig.read(preset_path("tiny"))
@@ -50,3 +54,34 @@ def test_every_position_agrees(pair, prefill, chunk):
     got, metadata = record(checkpoint, ids, how, lambda done, total: None)
     assert metadata["dtype"] == "fp32"
     torch.testing.assert_close(got["logits"], want, rtol=0, atol=2e-5)
+
+
+def test_dsparks_guesses_are_the_dense_drafters_behind_hfs_streams(tmp_path):
+    """Nothing of ours on the other side: HF runs the network, the dense drafter the stages."""
+    config = in_format(ModelConfig.read(preset_path("tiny-dspark")), "fp32")
+    write_synthetic(config, tmp_path / "checkpoint", seed=3)
+    hf = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids, seen = [t % config.vocab_size for t in GOLDEN["tokens"][:N]], []
+    for layer in config.dspark.target_layer_ids:
+        hf.model.layers[layer].register_forward_hook(lambda _, given, out: seen.append(out[0]))
+    hf(torch.tensor([ids[:-1]]))
+    means = [sum(x[:, j] for j in range(config.hc_mult)) / config.hc_mult for x in seen]
+    checkpoint = Checkpoint(tmp_path / "checkpoint")
+    weights = {name: checkpoint.tensor(name) for name in checkpoint.headers}
+    want = Reference(weights, config).guesses(means, ids[-1])
+
+    numerics = Numerics.of(config, None, "auto")
+    model = load_model(checkpoint, numerics, with_drafter=True, progress=lambda done, total: None)
+    cache, drafter = caches(config), model.dspark
+    for first, end in ((0, 130), (130, N - 1)):
+        streams, batch = {}, cache.batch([Chunk(0, ids[first:end], first)])
+        model(batch, cache.layers, drafter.observer(streams))
+        drafter.take(streams, batch, cache.layers[config.n_layers :])
+    got = model.draft_blocks(
+        cache.block([0], [N - 1], [[ids[-1], 500, 500, 500, 500]]), cache.layers
+    )
+    assert got.ids[0].tolist() == want[0]
+    torch.testing.assert_close(got.logits[0], want[1], rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.confidence[0], want[2], rtol=0, atol=2e-5)

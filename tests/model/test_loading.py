@@ -26,6 +26,6 @@ def test_an_expert_is_let_go_before_the_next_one_is_read(tmp_path):
         return tensor
 
     numerics = Numerics(dtype=torch.float32, quant_sim=True)
-    Transformer.read(source, config, numerics, with_mtp=True)
+    Transformer.read(source, config, numerics, with_drafter=True)
     assert len(seen) == 6 * config.n_routed_experts * (config.n_layers + config.n_mtp_layers)
     assert most == 4  # w1 and w3 with their scales

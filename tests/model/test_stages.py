@@ -30,7 +30,7 @@ def part(first, end):
 
     shard = dataclasses.replace(Shard.whole(CONFIG), layers=(first, end))
     numerics = Numerics(torch.float32, quant_sim=False)
-    return Transformer.read(source, CONFIG, numerics, with_mtp=False, shard=shard), asked
+    return Transformer.read(source, CONFIG, numerics, with_drafter=False, shard=shard), asked
 
 
 @pytest.mark.parametrize("cut", CUTS)

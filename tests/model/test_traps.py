@@ -38,15 +38,12 @@ from v4_ascend.runtime.kv_cache import Chunk
 NOT_TESTED = {
     9: "no padding: batches are ragged, so no padding token exists to enter a compressor",
     10: "no additive masks: visibility is computed from positions",
-    23: "no speculative decoding yet; it comes with the serving engine",
     24: "no device streams: the CPU runs operators in order",
     29: "a statement about the published code: streams have the compute dtype",
     42: "e4m3fnuz does not occur: torch's float8_e4m3fn is the only FP8 here",
     44: "needs the trained weights and an accuracy suite",
     45: "a layout of one vendor kernel that does not exist here",
     46: "a statement about unofficial goldens; ours are from the published code with rounding",
-    50: "no draft model is served yet",
-    51: "no prefix cache yet",
     54: "needs the trained weights: perplexity at 16k",
     56: "no fused block norm exists",
     58: "no index is shared between layers: every CSA layer owns its indexer",
@@ -260,7 +257,7 @@ def test_trap_t19_ape_is_added_by_position_before_the_shuffle():
 
 
 def test_trap_t20_the_norm_comes_after_pooling_in_fp32():
-    model = build(CONFIG, with_mtp=False)
+    model = build(CONFIG, with_drafter=False)
     compressor = model.layers[2].attn.compressor
     assert compressor.norm.dtype == compressor.wkv.dtype == torch.float32
 
@@ -333,7 +330,7 @@ def test_trap_t33_the_bias_chooses_and_does_not_weigh():
 def test_trap_t35_a_hash_layer_on_a_later_stage_routes_by_token_ids():
     last_hashed = CONFIG.n_hash_layers - 1
     assert last_hashed > 0
-    whole = build(CONFIG, with_mtp=False)
+    whole = build(CONFIG, with_drafter=False)
     batch = caches(CONFIG).batch([Chunk(0, TOKENS[:70], 0)])
     seen = {}
     want = whole(batch, caches(CONFIG).layers, lambda layer, x: seen.setdefault(layer, x))
@@ -342,7 +339,7 @@ def test_trap_t35_a_hash_layer_on_a_later_stage_routes_by_token_ids():
         lambda name: hashed_tensor(specs[name], CONFIG),
         CONFIG,
         whole.numerics,
-        with_mtp=False,
+        with_drafter=False,
         shard=replace(Shard.whole(CONFIG), layers=(last_hashed, CONFIG.n_layers)),
     )
 
@@ -357,7 +354,7 @@ def test_trap_t35_a_hash_layer_on_a_later_stage_routes_by_token_ids():
 
 def test_trap_t43_indexer_queries_and_keys_are_both_rotated_or_neither():
     for quant_sim in (False, True):
-        indexer = build(CONFIG, quant_sim=quant_sim, with_mtp=False).layers[2].attn.indexer
+        indexer = build(CONFIG, quant_sim=quant_sim, with_drafter=False).layers[2].attn.indexer
         x = torch.randn(2, 128)
         assert torch.equal(indexer._rotated(x), x) is not quant_sim
 

@@ -27,7 +27,7 @@ def model(tmp_path_factory):
     checkpoint = write_tiny(folder / "checkpoint", raw=raw)
     numerics = Numerics(dtype=torch.float32, quant_sim=False)
     reader = Checkpoint(checkpoint)
-    return load_model(reader, numerics, with_mtp=False, progress=lambda done, total: None)
+    return load_model(reader, numerics, with_drafter=False, progress=lambda done, total: None)
 
 
 def filled(config, pages):

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
-from layouts import write_tiny
+from layouts import make_plan, write_tiny
 
 from v4_ascend.checkpoint.convert import Conversion
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.recoding import Recoding
+from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.config.precision import recipe_for
 from v4_ascend.errors import ConfigError
+from v4_ascend.ops import use_policy
 from v4_ascend.runtime.compare import CONVERTED, compare, open_pair
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.runtime.parity import Recording, record, write_record
 
 LOSSLESS = ("mxfp4", "fp8", "mxfp8")
@@ -65,3 +69,27 @@ def test_int8_and_int4_stay_within_the_bounds_of_the_docs(recorded, name):
 def test_two_conversions_are_not_compared_with_each_other(recorded):
     with pytest.raises(ConfigError, match="is of other checkpoints"):
         open_pair(recorded("w8a8"), recorded("w4a8"))
+
+
+def test_a_drafter_is_converted_and_sharded_with_the_rest(tmp_path):
+    write_tiny(tmp_path / "source", preset="tiny-dspark")
+    folder = CheckpointFolder(tmp_path / "source")
+    settings = {"n_draft_tokens": 5, "quant_sim": "auto", "kernels": "reference"}
+    plan = make_plan(folder.path, {}, **settings)
+    Sharding(folder, plan).run(tmp_path / "sharded")
+    Conversion(folder, Recoding(folder, "fp8", recipe_for("fp8", None, None))).run(tmp_path / "fp8")
+    want = guesses(plan, tmp_path / "source")
+    assert want.logits.isfinite().all()
+    for name in ("sharded", "fp8"):
+        assert torch.equal(guesses(plan, tmp_path / name).logits, want.logits)
+
+
+def guesses(plan, folder):
+    with use_policy(kernels="reference"), torch.inference_mode():
+        at = plan.model_copy(update={"checkpoint": str(folder)})
+        engine, seen = Engine.load(at, lambda done, total: None), {}
+        model, layers = engine.model, engine.cache.layers
+        batch = engine.cache.batch([Chunk(0, range(60, 100), 0)])
+        model(batch, layers, model.dspark.observer(seen))
+        model.dspark.take(seen, batch, layers[model.config.n_layers :])
+        return model.draft_blocks(engine.cache.block([0], [40], [[5, *[500] * 4]]), layers)

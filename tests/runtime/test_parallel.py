@@ -98,7 +98,7 @@ def test_a_rank_with_one_expert_too_many_is_noticed(checkpoint):
     for own, is_right in (((0, 1, 2, 3), True), ((0, 1, 2, 3, 4), False)):
         placed = (own, (4, 5, 6, 7))
         shard = replace(Shard.whole(config), placement=(placed,) * config.n_layers, ep=Solo())
-        model = Transformer.read(source, config, numerics, with_mtp=False, shard=shard)
+        model = Transformer.read(source, config, numerics, with_drafter=False, shard=shard)
         with nullcontext() if is_right else pytest.raises(AssertionError):
             check_resident(resident_bytes(model), held)
 

@@ -12,7 +12,8 @@ from v4_ascend.runtime.sequence import Request
 
 GREEDY = Sampling(0.0, 1.0, 0)
 EOS = 1
-PAGE = 4  # tokens of a page, of the window, and of an HCA group
+PAGE = 4  # tokens of a page, and of an HCA group
+WINDOW = 4
 GROUP = 2  # tokens of a CSA group
 
 
@@ -42,7 +43,7 @@ def alone(r):
 
 
 def limits(n_slots, max_chunk, **more):
-    full = {"n_pages": 16 * n_slots, "page_tokens": PAGE}
+    full = {"n_pages": 16 * n_slots, "page_tokens": PAGE, "group_tokens": PAGE}
     return Limits(n_slots=n_slots, max_chunk=max_chunk, **(full | more))
 
 
@@ -72,8 +73,9 @@ class Machine:
     need must be there: the window, the CSA group before, the HCA group begun.
     """
 
-    def __init__(self, limits, n_groups=1, guess=lambda ids: 2):
+    def __init__(self, limits, n_groups=1, guess=lambda ids, n: [2] * n):
         self.limits, self.guess = limits, guess
+        self.page, self.group = limits.page_tokens, limits.group_tokens
         self.pages = [{} for _ in range(n_groups)]  # (page, offset) -> token
         self.tables = {}
         self.rings, self.snapshots = {}, {}
@@ -86,6 +88,7 @@ class Machine:
         assert others <= max(0, self.limits.max_chunk - len(decoding))
         sampled = []
         for s in step.sequences:
+            assert len(s.token_ids) <= self.limits.max_chunk
             group, pages = s.slot // n, self.pages[s.slot // n]
             table = self.tables.setdefault(s.slot, {})
             table |= dict(enumerate(s.pages, s.first_page))
@@ -96,26 +99,28 @@ class Machine:
                 assert n_tokens == s.start
                 rings |= {name: ring.copy() for name, ring in kept.items()}
             elif s.start == 0:
-                rings |= {"csa": Ring(2 * GROUP), "hca": Ring(PAGE)}
-                rings["window"] = Ring(PAGE + self.limits.max_chunk + PAGE)
+                rows = 2 * GROUP - 1 + max(1, self.limits.n_drafts)
+                rings |= {"csa": Ring(rows), "hca": Ring(self.group)}
+                rings["window"] = Ring(WINDOW + self.limits.max_chunk + WINDOW)
             else:
                 assert s.first_page or not s.pages
-            before = [pages[table[p // PAGE], p % PAGE] for p in range(s.start)]
+            before = [pages[table[p // self.page], p % self.page] for p in range(s.start)]
             group_before = max(s.start // GROUP - 1, 0) * GROUP
             rings["csa"].require(group_before, before[group_before:])
-            rings["hca"].require(s.start // PAGE * PAGE, before[s.start // PAGE * PAGE :])
+            begun = s.start // self.group * self.group
+            rings["hca"].require(begun, before[begun:])
             for p, token in enumerate(s.token_ids, s.start):
-                pages[table[p // PAGE], p % PAGE] = token
+                pages[table[p // self.page], p % self.page] = token
                 for ring in rings.values():
                     ring.write(p, token)
             ids = before + list(s.token_ids)
-            first = max(0, s.start - PAGE + 1)
+            first = max(0, s.start - WINDOW + 1)
             rings["window"].require(first, ids[first:])
             if s.save is not None:
                 n_tokens = len(ids) - s.n_drafts
-                assert n_tokens % PAGE == 0
+                assert n_tokens % self.page == 0
                 kept = {name: ring.copy() for name, ring in rings.items() if name != "hca"}
-                self.snapshots[group, s.save] = n_tokens, kept | {"hca": Ring(PAGE)}
+                self.snapshots[group, s.save] = n_tokens, kept | {"hca": Ring(self.group)}
             if s.sampling:
                 sampled += self.draw(s, ids)
             else:
@@ -127,9 +132,8 @@ class Machine:
         drafts = ids[n:]
         for i in range(s.n_drafts + 1):
             token = next_token(ids[: n + i])
-            out.append(
-                Sampled(s.request, token, None, [], None, self.guess([*ids[: n + i], token]))
-            )
+            guesses = self.guess([*ids[: n + i], token], self.limits.n_drafts)
+            out.append(Sampled(s.request, token, None, [], None, guesses))
             if i == s.n_drafts or token != drafts[i]:
                 return out
         raise AssertionError
@@ -164,21 +168,28 @@ SHAPES = st.lists(
     max_chunk=st.integers(1, 12),
     n_pages=st.integers(8, 20),
     n_snapshots=st.integers(0, 4),
-    n_drafts=st.integers(0, 1),
+    n_drafts=st.integers(0, 5),
+    page=st.sampled_from([(4, 4), (8, 8), (16, 8)]),
     luck=st.integers(1, 4),
     cancelled=st.sets(st.integers(0, 11)),
     when=st.integers(0, 9),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
-    shapes, n_slots, max_chunk, n_pages, n_snapshots, n_drafts, luck, cancelled, when
+    shapes, n_slots, max_chunk, n_pages, n_snapshots, n_drafts, page, luck, cancelled, when
 ):
     """However few pages and snapshots there are, and however many guesses are right."""
     more = {"n_pages": n_pages, "n_snapshots": n_snapshots, "n_drafts": n_drafts}
+    more |= dict(zip(("page_tokens", "group_tokens"), page, strict=True))
     room = limits(n_slots, max_chunk, min_acceptance=0.0, **more)
     scheduler = Scheduler(room, eos_id=EOS)
 
-    def guess(ids):
-        return next_token(ids) if len(ids) % luck == 0 else 2
+    def guess(ids, n):
+        """Now and then none, or fewer than there may be, or more right than wrong ones."""
+        guesses, n = [], (len(ids) * 3) % (n + 1)
+        for _ in range(n):
+            right = len(ids) % 5 and len(ids) % luck == 0 or len(guesses) < len(ids) % 4
+            guesses.append(next_token([*ids, *guesses]) if right else 2)
+        return guesses
 
     machine = Machine(room, guess=guess)
     requests = [request(n, *shape) for n, shape in enumerate(shapes)]
@@ -282,16 +293,48 @@ def test_nothing_is_found_in_caches_that_were_lost():
     assert scheduler.next_step().sequences[0].start == 0
 
 
+@pytest.mark.parametrize("n_drafts", [1, 4])
 @pytest.mark.parametrize("is_right", [True, False])
-def test_drafts_that_are_rarely_right_end_for_good(is_right):
-    scheduler = Scheduler(limits(1, 8, n_drafts=1, n_pages=999), eos_id=-1)
-    guess = (lambda ids: next_token(ids)) if is_right else (lambda ids: 0)
+def test_drafts_that_are_rarely_right_end_for_good(is_right, n_drafts):
+    room = limits(1, 8, n_drafts=n_drafts, n_pages=999, page_tokens=8, group_tokens=8)
+    scheduler = Scheduler(room, eos_id=-1)
+
+    def guess(ids, n):
+        guesses = []
+        for _ in range(n):
+            guesses.append(next_token([*ids, *guesses]) if is_right else 0)
+        return guesses
+
     machine = Machine(scheduler.limits, guess=guess)
     scheduler.add(request(0, 3, 2 * PROBATION + 100))
     run(scheduler, machine)
     assert scheduler.drafts is is_right
-    assert scheduler.counters.accepted == (scheduler.counters.drafted if is_right else 0)
-    assert scheduler.counters.drafted >= PROBATION * (0.5 if is_right else 1)
+    c = scheduler.counters
+    assert c.accepted == (c.drafted if is_right else 0)
+    assert c.accepted_at[0] == (c.drafts if is_right else 0)
+    assert c.drafted >= (400 if n_drafts == 4 else PROBATION * (0.5 if is_right else 1))
+
+
+def test_a_drafter_that_is_never_sure_ends_too():
+    scheduler = Scheduler(limits(1, 8, n_drafts=4, n_pages=999), eos_id=-1)
+    scheduler.add(request(0, 3, PROBATION + 100))
+    run(scheduler, Machine(scheduler.limits, guess=lambda ids, n: []))
+    assert not scheduler.drafts
+    assert (scheduler.counters.drafts, scheduler.counters.drafted) == (0, 0)
+
+
+def test_drafts_stop_in_front_of_a_groups_end_and_of_the_last_token():
+    room = limits(1, 8, n_drafts=5, page_tokens=16, group_tokens=8)
+    scheduler = Scheduler(room, eos_id=-1)
+    machine = Machine(room, guess=lambda ids, n: [0] * n)
+    scheduler.add(request(0, 3, 9))
+    seen = []
+    while (step := scheduler.next_step()) is not None:
+        (s,) = step.sequences
+        seen.append((s.start, s.n_drafts))
+        scheduler.apply(machine.run(step))
+    # A group ends in front of position 8; the ninth token drawn is the last.
+    assert seen == [(0, 0), (3, 3), (4, 2), (5, 1), (6, 0), (7, 3), (8, 2), (9, 1), (10, 0)]
 
 
 @settings(max_examples=100, deadline=None)

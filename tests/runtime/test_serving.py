@@ -1,5 +1,6 @@
 """Whatever the scheduler does with caches, answers are those each request gets alone."""
 
+import math
 from dataclasses import replace as changed
 
 import pytest
@@ -19,22 +20,33 @@ from v4_ascend.runtime.sequence import Request
 
 LENGTH = 1024
 GREEDY = Sampling(0.0, 1.0, 0)
+DRAFTERS = {"tiny": 1, "tiny-dspark": 5}
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def preset(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "checkpoint")
+def n_drafts(preset):
+    return DRAFTERS[preset]
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint):
+def checkpoint(tmp_path_factory, preset):
+    return write_tiny(tmp_path_factory.mktemp(preset) / "checkpoint", preset=preset)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, n_drafts):
     """Caches of full pages are poisoned: rows of another request would be seen."""
     with use_policy(kernels="reference"):
-        loaded = Engine.load(plan(checkpoint), lambda done, total: None)
+        loaded = Engine.load(plan(checkpoint, n_drafts), lambda done, total: None)
         yield loaded
 
 
-def plan(checkpoint, **changes):
+def plan(checkpoint, n_drafts, **changes):
     return make_plan(
         checkpoint,
         {},
@@ -44,14 +56,15 @@ def plan(checkpoint, **changes):
         max_chunk=160,
         cache_tokens=2 * LENGTH,
         prefix_snapshots=3,
-        n_draft_tokens=1,
+        n_draft_tokens=n_drafts,
+        min_draft_confidence=0.0,
     ).model_copy(update=changes)
 
 
-def drive(engine, limits, requests, guess=lambda sampled, n: sampled.draft):
+def drive(engine, limits, requests, guess=lambda sampled, n: sampled.drafts):
     """Serve requests to their end; return their tokens and the scheduler.
 
-    `guess` may replace the drafter's, of the token behind the first `n`.
+    `guess` may replace the drafter's, of the tokens behind the first `n`.
     """
     scheduler = Scheduler(limits, eos_id=-1)
     tokens = {r.id: [] for r in requests}
@@ -61,7 +74,7 @@ def drive(engine, limits, requests, guess=lambda sampled, n: sampled.draft):
         result, n = engine.step(step), {}
         for i, sampled in enumerate(result.sampled):
             n[sampled.request] = n.get(sampled.request, len(tokens[sampled.request])) + 1
-            result.sampled[i] = replace(sampled, draft=guess(sampled, n[sampled.request]))
+            result.sampled[i] = replace(sampled, drafts=guess(sampled, n[sampled.request]))
         for token in scheduler.apply(result):
             tokens[token.request].append(token.sampled.token_id)
     return tokens, scheduler
@@ -95,7 +108,7 @@ def ruled(n_prompt):
 
 
 @settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     shapes=st.lists(
@@ -110,13 +123,13 @@ def ruled(n_prompt):
         max_size=4,
     )
 )
-def test_answers_are_those_each_request_gets_alone(checkpoint, engine, shapes):
+def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts, shapes):
     """Batches, chunks, shared prefixes, rules, right and wrong drafts, and pages too few for all.
 
     The rules make every token depend on all that were drawn before it.
     """
     config = engine.config
-    limits = changed(limits_of(plan(checkpoint), config), min_acceptance=0.0)
+    limits = changed(limits_of(plan(checkpoint, n_drafts), config), min_acceptance=0.0)
     requests = [
         Request(
             id=n,
@@ -127,7 +140,7 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, shapes):
         )
         for n, (family, n_shared, n_own, max_tokens, has_rules) in enumerate(shapes)
     ]
-    plainly = limits_of(plan(checkpoint, prefix_snapshots=0, n_draft_tokens=0), config)
+    plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
     alone = {}
     for r in requests:
         poison(engine)
@@ -135,9 +148,11 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, shapes):
     poison(engine)
 
     def lucky(sampled, n):
-        """What the drafter says, or now and then the truth."""
-        truth = alone[sampled.request][n : n + 1]
-        return truth[0] if truth and n % 3 else sampled.draft
+        """What the drafter says, or now and then the truth; all of it, or less."""
+        n_right, n_all = (7 * n + 1) % (n_drafts + 1), (5 * n) % (n_drafts + 2)
+        truth = alone[sampled.request][n : n + n_right]
+        guesses = [*truth, *sampled.drafts[len(truth) :]]
+        return guesses[:n_all] if n % 4 else guesses
 
     together, scheduler = drive(engine, limits, requests, lucky)
     assert together == alone
@@ -145,14 +160,17 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, shapes):
         assert scheduler.counters.accepted
 
 
-def test_a_prefix_is_found_and_pages_are_given_up(checkpoint, engine):
+def test_trap_t51_prefixes_are_found_in_whole_pages_and_pages_are_given_up(
+    checkpoint, engine, n_drafts
+):
     """What the property above relies on does happen: hits, and requests sent back."""
     config = engine.config
-    limits = limits_of(plan(checkpoint, cache_tokens=LENGTH), config)
+    limits = limits_of(plan(checkpoint, n_drafts, cache_tokens=LENGTH), config)
+    assert limits.page_tokens % math.lcm(*filter(None, config.compress_ratios)) == 0
     requests = [
         Request(
             id=n,
-            prompt_ids=prompt(5, 256, n, 120, config.vocab_size),
+            prompt_ids=prompt(5, 300, n, 76, config.vocab_size),  # 256 are found
             max_tokens=12,
             sampling=GREEDY,
         )
@@ -163,20 +181,42 @@ def test_a_prefix_is_found_and_pages_are_given_up(checkpoint, engine):
     assert scheduler.counters.cached_tokens >= 2 * 256
     assert scheduler.counters.preempted >= 1
     poison(engine)
-    plainly = limits_of(plan(checkpoint, prefix_snapshots=0, n_draft_tokens=0), config)
+    plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
     assert together[3] == drive(engine, plainly, [requests[3]])[0][3]
 
 
-def test_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, engine):
+def test_trap_t23_rejected_drafts_leave_nothing_in_caches_and_states(checkpoint, engine, n_drafts):
+    """Every guess is wrong, over the ends of rows of 4 and of 128 tokens."""
+    config = engine.config
+    limits = changed(limits_of(plan(checkpoint, n_drafts), config), min_acceptance=0.0)
+    ids = prompt(2, 0, 3, 119, config.vocab_size)
+    request = Request(id=0, prompt_ids=ids, max_tokens=20, sampling=GREEDY)
+    poison(engine)
+    plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
+    alone = drive(engine, plainly, [request])[0]
+    poison(engine)
+
+    def wrong(sampled, n):
+        truth = [*alone[0], 0, 0, 0, 0, 0][n : n + n_drafts]
+        return [(t + 1) % config.vocab_size for t in truth]
+
+    got, scheduler = drive(engine, limits, [request], wrong)
+    assert got == alone
+    assert scheduler.counters.accepted == 0
+    assert scheduler.counters.drafts >= 15  # not where a page ends
+
+
+def test_trap_t50_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, engine, n_drafts):
     """Step by step, with wrong guesses in between, it sees what it would see at once."""
     config = engine.config
-    limits = changed(limits_of(plan(checkpoint), config), min_acceptance=0.0)
+    limits = changed(limits_of(plan(checkpoint, n_drafts), config), min_acceptance=0.0)
     ids = prompt(1, 0, 7, 170, config.vocab_size)
     seen = {}
 
     def note(sampled, n):
-        seen[n] = sampled.draft
-        return sampled.draft
+        if sampled.drafts:
+            seen[n] = sampled.drafts
+        return sampled.drafts
 
     poison(engine)
     tokens, scheduler = drive(
@@ -193,8 +233,20 @@ def test_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, engine):
         kv_record="fp32",
         index_record="fp32",
     )
+    at_once = in_blocks if engine.model.dspark else one_ahead
     with torch.inference_mode():
-        batch = fresh.batch([Chunk(0, whole[:-1].tolist(), 0)])
-        streams = engine.model(batch, fresh.layers)
-        guesses = engine.model.draft(streams, whole[1:], batch, fresh.layers).argmax(-1).tolist()
-    assert seen == {n: guesses[len(ids) + n - 2] for n in seen}
+        assert seen == {n: at_once(engine.model, fresh, whole, len(ids) + n - 1) for n in seen}
+
+
+def one_ahead(model, cache, whole, n):
+    batch = cache.batch([Chunk(0, whole[:n].tolist(), 0)])
+    streams = model(batch, cache.layers)
+    return [int(model.draft(streams, whole[1 : n + 1], batch, cache.layers)[-1].argmax())]
+
+
+def in_blocks(model, cache, whole, n):
+    batch, seen = cache.batch([Chunk(0, whole[:n].tolist(), 0)]), {}
+    model(batch, cache.layers, model.dspark.observer(seen))
+    model.dspark.take(seen, batch, cache.layers[model.config.n_layers :])
+    block = cache.block([0], [n], [[int(whole[n]), *[500] * 4]])
+    return model.draft_blocks(block, cache.layers).ids[0].tolist()

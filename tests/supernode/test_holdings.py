@@ -8,18 +8,23 @@ from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import load_topology
-from v4_ascend.errors import ConfigError
+from v4_ascend.errors import ConfigError, NotYetError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.planning import deploy_plan
 
 TINY = ModelConfig.read(preset_path("tiny"))
+SPARK = ModelConfig.read(preset_path("tiny-dspark"))
+TWO = "cluster.supernodes=[{name: a, host_count: 1, devices_per_host: 2}]"
 
 
-@pytest.mark.parametrize(("format", "n_drafts"), [("fp8", 0), ("fp8", 1), ("fp32", 1)])
-def test_the_order_is_that_in_which_a_model_asks(tmp_path, format, n_drafts):
-    config = in_format(TINY, format)
+@pytest.mark.parametrize(
+    ("model", "format", "n_drafts"),
+    [(TINY, "fp8", 0), (TINY, "fp8", 1), (TINY, "fp32", 1), (SPARK, "fp8", 5), (SPARK, "fp32", 0)],
+)
+def test_the_order_is_that_in_which_a_model_asks(tmp_path, model, format, n_drafts):
+    config = in_format(model, format)
     write_synthetic(config, tmp_path / "c", seed=0)
     checkpoint = Checkpoint(tmp_path / "c")
     asked = []
@@ -28,7 +33,7 @@ def test_the_order_is_that_in_which_a_model_asks(tmp_path, format, n_drafts):
         asked.append(name)
         return checkpoint.tensor(name)
 
-    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_mtp=n_drafts > 0)
+    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_drafter=n_drafts > 0)
     plan = deploy_plan(load_topology("laptop", [f"serve.n_draft_tokens={n_drafts}"]), config)
     held = holdings(config, plan, plan.ranks[0])
     assert list(held) == asked
@@ -37,8 +42,10 @@ def test_the_order_is_that_in_which_a_model_asks(tmp_path, format, n_drafts):
         assert (h.spec.dtype, h.spec.shape, h.part) == (header.dtype, header.shape, None)
 
 
-@pytest.mark.parametrize("preset", ["flash", "pro"])
-def test_one_rank_of_a_real_model_reads_all_but_the_drafter(preset):
+@pytest.mark.parametrize(
+    ("preset", "n_drafts"), [("flash", 0), ("pro", 0), ("flash-0731", 0), ("flash-0731", 5)]
+)
+def test_one_rank_of_a_real_model_reads_all_but_a_drafter_it_does_not_run(preset, n_drafts):
     from v4_ascend.config.inventory import inventory
 
     config = ModelConfig.read(preset_path(preset))
@@ -46,8 +53,9 @@ def test_one_rank_of_a_real_model_reads_all_but_the_drafter(preset):
     whole = plan.ranks[0].model_copy(
         update={"layers": (0, config.n_layers), "experts": (0, config.n_routed_experts)}
     )
-    held = holdings(config, plan.model_copy(update={"ranks": (whole,)}), whole)
-    main = [t for t in inventory(config) if not t.name.startswith("mtp.")]
+    changes = {"ranks": (whole,), "n_draft_tokens": n_drafts}
+    held = holdings(config, plan.model_copy(update=changes), whole)
+    main = [t for t in inventory(config) if n_drafts or not t.name.startswith("mtp.")]
     assert sorted((t.name, t.dtype, t.shape) for t in main) == sorted(
         (h.spec.name, h.spec.dtype, h.spec.shape) for h in held.values()
     )
@@ -56,3 +64,32 @@ def test_one_rank_of_a_real_model_reads_all_but_the_drafter(preset):
 def test_caches_for_less_than_one_request_are_refused():
     with pytest.raises(ConfigError, match="1024 tokens for each of 1 DP groups; one request"):
         deploy_plan(load_topology("laptop", ["serve.cache_tokens=1024"]), TINY)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "error", "says"),
+    [
+        (TINY, ["serve.n_draft_tokens=2"], NotYetError, "2 tokens of an MTP module: not yet"),
+        (SPARK, ["serve.n_draft_tokens=6"], ConfigError, "6; the checkpoint's drafter guesses 5"),
+        (
+            SPARK,
+            ["serve.n_draft_tokens=4", "layout={pp_size: 2}", TWO],
+            NotYetError,
+            "drafts with pp2 dp1 tp1 ep1: not yet; pp_size and cp_size must be 1",
+        ),
+    ],
+)
+def test_drafts_that_cannot_be_made_are_refused(config, asked, error, says):
+    with pytest.raises(error, match=says):
+        deploy_plan(load_topology("laptop", asked), config)
+
+
+def test_dspark_is_refused_where_the_vendors_attention_has_no_room_for_it():
+    model = ModelConfig.read(preset_path("flash-0731"))
+    host = "cluster.supernodes=[{name: a, host_count: 1, devices_per_host: 8}]"
+    asked = ["cluster.device=ascend-950dt-96", host, "layout={dp_size: 8, ep_size: 8}"]
+    asked.append("serve.n_draft_tokens=5")
+    with pytest.raises(NotYetError, match="DSpark on ascend-950dt-96: not yet; .* tokens see 133"):
+        deploy_plan(load_topology("laptop", asked), model)
+    plan = deploy_plan(load_topology("laptop", [*asked, "runtime.fallback=reference"]), model)
+    assert plan.n_draft_tokens == 5

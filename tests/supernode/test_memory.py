@@ -9,6 +9,7 @@ from v4_ascend.config.inventory import inventory
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import ParallelConfig
+from v4_ascend.runtime.kv_cache import KVCache
 from v4_ascend.supernode.cache import (
     SPEC_RECORDS,
     RecordBytes,
@@ -24,7 +25,7 @@ from v4_ascend.supernode.weights import layer_weights, model_bytes
 
 MODELS = {
     m: ModelConfig.read(preset_path(m))
-    for m in ("flash", "flash-0731", "pro", "tiny", "ascend-slice", "wide")
+    for m in ("flash", "flash-0731", "pro", "tiny", "tiny-dspark", "ascend-slice", "wide")
 }
 PRO, FLASH = MODELS["pro"], MODELS["flash"]
 DT = device_profile("ascend-950dt-96", "here")
@@ -159,3 +160,37 @@ def test_memory_grows_with_context_and_concurrency(context, more, n, more_n):
     assert b.fixed >= a.fixed
     assert a.fits(context) or not a.fits(context + more)
     assert a.fits(context) or not b.fits(context)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_drafts", "max_model_len"),
+    [("tiny", 0, 512), ("tiny", 1, 512), ("tiny-dspark", 5, 512), ("tiny-dspark", 1, 1024)],
+)
+def test_planned_caches_are_those_a_rank_allocates(name, n_drafts, max_model_len):
+    """Windows and states of three requests, and their rows, the drafter's too: to the byte."""
+    config = MODELS[name]
+    how = {"max_model_len": max_model_len, "max_chunk": 512, "n_draft_tokens": n_drafts}
+    model = MemoryModel(config, DT, serving(engine="native", n_snapshots=2, **how))
+    model.records = RecordBytes.of(config, "plain", "plain", "fp32")
+    memory = model.stage(ParallelConfig(), (0, config.n_layers), 3)
+    cache = KVCache(
+        config,
+        n_slots=3,
+        max_model_len=max_model_len,
+        max_chunk=512,
+        kv_record="fp32",
+        index_record="fp32",
+        layers=(0, config.n_layers + (config.n_draft_layers if n_drafts else 0)),
+        n_snapshots=2,
+        n_drafts=n_drafts,
+    )
+
+    def nbytes(*parts):
+        found = [getattr(layer, part) for layer in cache.layers for part in parts]
+        return sum(x.nbytes for x in found if x is not None)
+
+    assert memory.terms["request state"] == nbytes("window", "state", "index_state")
+    assert memory.per_block * 3 * max_model_len // 128 == nbytes("compressed", "index")
+    kept = cache._snapshots
+    copies = sum(copy.nbytes for _, copy in (*kept.windows, *kept.states))
+    assert memory.terms["prefix snapshots"] == copies

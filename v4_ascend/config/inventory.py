@@ -53,7 +53,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     if layer < config.n_layers:
         return list(parts.block("layer", config.compress_ratios[layer], layer))
     stage = layer - config.n_layers
-    extra = parts.drafter(stage) if config.dspark else parts.mtp("layer")
+    extra = parts.drafter("layer", stage) if config.dspark else parts.mtp("layer")
     return [*parts.block("layer", 0, None), *extra]
 
 
@@ -66,11 +66,6 @@ def expert_tensors(config: ModelConfig) -> list[TensorSpec]:
 def model_tensors(config: ModelConfig) -> list[TensorSpec]:
     """List what belongs to no layer: embedding, head, last norm and mixer."""
     return list(_Inventory(config).outside())
-
-
-def n_draft_stages(config: ModelConfig) -> int:
-    """Count the blocks that draft: MTP layers, or the stages of DSpark."""
-    return len(config.dspark.target_layer_ids) if config.dspark else config.n_mtp_layers
 
 
 def shard_of(name: str, config: ModelConfig) -> int:
@@ -90,7 +85,7 @@ def shard_of(name: str, config: ModelConfig) -> int:
 
 def n_shards(config: ModelConfig) -> int:
     """Count the shards of the official layout."""
-    return 2 + config.n_layers + n_draft_stages(config)
+    return 2 + config.n_layers + config.n_draft_layers
 
 
 class _Inventory:
@@ -109,9 +104,10 @@ class _Inventory:
         for layer in range(c.n_layers):
             yield from self.block(f"layers.{layer}", c.compress_ratios[layer], layer)
         yield from head
-        for stage in range(n_draft_stages(c)):
-            yield from self.block(f"mtp.{stage}", 0, None)
-            yield from (self.drafter(stage) if c.dspark else self.mtp(f"mtp.{stage}"))
+        for stage in range(c.n_draft_layers):
+            at = f"mtp.{stage}"
+            yield from self.block(at, 0, None)
+            yield from (self.drafter(at, stage) if c.dspark else self.mtp(at))
 
     def outside(self) -> Iterator[TensorSpec]:
         c = self.c
@@ -180,15 +176,15 @@ class _Inventory:
             yield TensorSpec(f"{at}.{norm}.weight", self.plain, (c.dim,))
         yield from self.mixer(f"{at}.hc_head", c.hc_mult, 1)
 
-    def drafter(self, stage: int) -> Iterator[TensorSpec]:
-        c, at = self.c, f"mtp.{stage}"
+    def drafter(self, at: str, stage: int) -> Iterator[TensorSpec]:
+        c = self.c
         if c.dspark is None:
             return
         if stage == 0:
             n_targets = len(c.dspark.target_layer_ids)
             yield from self.linear(f"{at}.main_proj", c.dim, n_targets * c.dim)
             yield TensorSpec(f"{at}.main_norm.weight", self.plain, (c.dim,))
-        if stage == n_draft_stages(c) - 1:
+        if stage == c.n_draft_layers - 1:
             rank = c.dspark.markov_rank
             yield TensorSpec(f"{at}.norm.weight", self.plain, (c.dim,))
             yield from self.mixer(f"{at}.hc_head", c.hc_mult, 1)

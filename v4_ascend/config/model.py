@@ -93,7 +93,7 @@ DROPPED = {
 
 
 class DSparkConfig(BaseModel):
-    """The later releases' drafter."""
+    """The later releases' drafter: one stage for each target layer, a block of guesses at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,7 +104,7 @@ class DSparkConfig(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """One V4 model. `compress_ratios` has an entry per layer, MTP layers last."""
+    """One V4 model. `compress_ratios` has an entry per layer, those that draft last."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -153,16 +153,16 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        expected = self.n_layers + self.n_mtp_layers
+        expected = self.n_layers + self.n_draft_layers
         if len(self.compress_ratios) != expected:
             raise ValueError(
                 f"compress_ratios has {len(self.compress_ratios)} entries, must have one per "
-                f"layer: {expected} (n_layers {self.n_layers} + n_mtp_layers {self.n_mtp_layers})"
+                f"layer: {expected} (n_layers {self.n_layers} + {self.n_draft_layers} that draft)"
             )
         if odd := sorted(set(self.compress_ratios) - set(KINDS)):
             raise ValueError(f"compress_ratios has {odd}, must be 0, 4 or 128")
         if any(self.compress_ratios[self.n_layers :]):
-            raise ValueError("compress_ratios of MTP layers must be 0")
+            raise ValueError("compress_ratios of layers that draft must be 0")
         self._check_divides("o_groups", "n_heads")
         if self.rope_head_dim % 2 or self.rope_head_dim > self.head_dim:
             raise ValueError(
@@ -180,16 +180,26 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"n_hash_layers ({self.n_hash_layers}) must not exceed n_layers ({self.n_layers})"
             )
-        if self.dspark and max(self.dspark.target_layer_ids) >= self.n_layers:
-            raise ValueError(
-                f"dspark_target_layer_ids {list(self.dspark.target_layer_ids)} must be below "
-                f"n_layers ({self.n_layers})"
-            )
+        if self.dspark:
+            self._check_dspark(self.dspark)
         if bool(self.quant_types) != (self.quantization == "ascend"):
             raise ValueError(f"quant_types {self.quant_types} and {self.quantization!r} disagree")
         if self.quantization:
             self._check_groups()
         return self
+
+    def _check_dspark(self, dspark: DSparkConfig) -> None:
+        targets, noise = list(dspark.target_layer_ids), dspark.noise_token_id
+        if max(targets) >= self.n_layers:
+            raise ValueError(
+                f"dspark_target_layer_ids {targets} must be below n_layers ({self.n_layers})"
+            )
+        if targets != sorted(set(targets)):
+            raise ValueError(f"dspark_target_layer_ids {targets} must be ascending")
+        if noise >= self.vocab_size:
+            raise ValueError(
+                f"dspark_noise_token_id ({noise}) must be below vocab_size ({self.vocab_size})"
+            )
 
     def _check_groups(self) -> None:
         for name, width, group in (
@@ -208,8 +218,13 @@ class ModelConfig(BaseModel):
         if of % n:
             raise ValueError(f"{part} ({n}) must divide {whole} ({of})")
 
+    @property
+    def n_draft_layers(self) -> int:
+        """Blocks that draft: MTP layers, or DSpark's stages, which no key of the file counts."""
+        return len(self.dspark.target_layer_ids) if self.dspark else self.n_mtp_layers
+
     def kind(self, layer: int) -> LayerKind:
-        """Return what attention layer `layer` has; MTP layers follow the main ones."""
+        """Return what attention layer `layer` has; those that draft follow the main ones."""
         return KINDS[self.compress_ratios[layer]]
 
     @classmethod
@@ -319,8 +334,8 @@ def _section(raw: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any] 
 
 def _derived(raw: Mapping[str, Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     out = _rope(raw, where) | _dtypes(raw, where)
-    out["compress_ratios"] = _layer_ratios(raw, values)
     dspark = {k.removeprefix("dspark_"): v for k, v in raw.items() if k.startswith("dspark_")}
+    out["compress_ratios"] = _layer_ratios(raw, values, dspark)
     return out | ({"dspark": dspark} if dspark else {})
 
 
@@ -360,10 +375,17 @@ def _dtypes(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"dtype": names[dtype], "quantization": "fp8", "expert_dtype": experts}
 
 
-def _layer_ratios(raw: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """Drop the trailing zeros by which later configs exceed one entry per layer."""
-    ratios, counts = raw["compress_ratios"], (values.get("n_layers"), values.get("n_mtp_layers", 1))
-    if not isinstance(ratios, list) or not all(isinstance(n, int) for n in counts):
+def _layer_ratios(
+    raw: Mapping[str, Any], values: Mapping[str, Any], dspark: Mapping[str, Any]
+) -> Any:
+    """Cut the list to one entry per layer; DSpark's stages are SWA, however many it lists."""
+    ratios, n = raw["compress_ratios"], values.get("n_layers")
+    stages, n_drafting = dspark.get("target_layer_ids"), values.get("n_mtp_layers", 1)
+    if isinstance(stages, list):
+        n_drafting = len(stages)
+    if not (isinstance(ratios, list) and isinstance(n, int) and isinstance(n_drafting, int)):
         return ratios  # which is wrong with them, the fields say
-    n = sum(counts)
-    return ratios if any(ratios[n:]) else ratios[:n]
+    if any(ratios[n + n_drafting :]):
+        return ratios
+    more = [0] * n_drafting if dspark and len(ratios) >= n else []
+    return [*ratios, *more][: n + n_drafting]

@@ -191,6 +191,8 @@ class Serve(Section):
     are those of all requests together whose compressed rows are kept, by default `concurrency`
     times the full length; `prefix_snapshots` the prefixes requests can go on behind, in each DP
     group; 0 computes every prompt whole.
+    A step computes at most `n_draft_tokens` guesses of a request, and none that DSpark, with
+    those before it, gives less of a chance than `min_draft_confidence`.
     Beyond loopback `deploy` wants an API key, unless `require_key` is false. `requests_per_minute`
     is a limit for each API key, or without keys for each address. Web pages of `cors_origins` may
     call the API.
@@ -210,6 +212,7 @@ class Serve(Section):
     max_body_bytes: int = Field(default=32 * 2**20, ge=1024)
     cors_origins: tuple[str, ...] = ()
     n_draft_tokens: int = Field(default=0, ge=0)
+    min_draft_confidence: float = Field(default=0.3, ge=0, le=1)
     cache_tokens: int | None = Field(default=None, ge=1)
     prefix_snapshots: int = Field(default=16, ge=0)
 
@@ -339,7 +342,6 @@ def require_supported(topology: Topology) -> None:
         ),
         ("cluster.device", is_emulated and by_itself, "emulated NPUs with launcher local"),
         ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
-        ("serve.n_draft_tokens", native and t.serve.n_draft_tokens > 1, "one draft token"),
         (
             "engine",
             not native and t.launcher == "kubernetes",

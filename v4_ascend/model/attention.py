@@ -89,7 +89,7 @@ class Attention:
         `own` has the tokens of `x`; `batch` has those of all CP ranks, whose rows are written.
         """
         everyone = gathered(x, batch.n_tokens, self.shard.cp)
-        self._write(everyone, batch, cache)
+        self.write(everyone, batch, cache)
         qr = rms_norm(self.wq_a(x), self.q_norm, self.config.norm_eps)
         q = self.wq_b(qr).unflatten(-1, (-1, self.config.head_dim))
         if not self.shard.dsa_cp:
@@ -104,7 +104,7 @@ class Attention:
         z = torch.bmm(o.transpose(0, 1), self.wo_a.transpose(1, 2)).transpose(0, 1)
         return self.shard.tp.all_reduce(self.wo_b(z.flatten(1)))
 
-    def _write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
+    def write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
         """Write the window's rows, and the compressed ones this step completes."""
         cos, sin = batch.compress_rope if self.compress_ratio else batch.rope
         kv = rope(rms_norm(self.wkv(x), self.kv_norm, self.config.norm_eps), cos, sin)

@@ -32,7 +32,7 @@ class Shard:
         """Return the whole network on one rank."""
         everything = (tuple(range(config.n_routed_experts)),)
         n = config.n_layers
-        placement = (everything,) * (n + config.n_mtp_layers)
+        placement = (everything,) * (n + config.n_draft_layers)
         return cls(layers=(0, n), placement=placement, tp=Solo(), cp=Solo(), ep=Solo())
 
     def placed(self, layer: int) -> Sequence[tuple[int, ...]]:

@@ -86,7 +86,7 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
     model: Transformer = load_model(
         checkpoint,
         numerics,
-        with_mtp=False,
+        with_drafter=False,
         progress=lambda done, total: None,
         device=backend.device(),
     )

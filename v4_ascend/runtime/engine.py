@@ -18,6 +18,7 @@ from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
+from v4_ascend.runtime.drafter import drafter_of
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.limits import limits_of
@@ -48,6 +49,8 @@ class Engine:
         guides: GuideFactory | None = None,
         n_pages: int | None = None,
         n_snapshots: int = 0,
+        n_drafts: int = 0,
+        min_confidence: float = 0.0,
     ) -> None:
         self.model, self.groups = model, groups or Groups.solo()
         self.n_slots = max_batch_size
@@ -70,7 +73,10 @@ class Engine:
             layers=model.cached_layers,
             n_pages=n_pages,
             n_snapshots=n_snapshots,
+            n_drafts=n_drafts,
         )
+        first = self.groups.dp_rank * max_batch_size
+        self.drafter = drafter_of(model, self.cache, first, n_drafts, min_confidence)
 
     @classmethod
     def load(
@@ -108,6 +114,8 @@ class Engine:
             guides=guides,
             n_pages=limits.n_pages,
             n_snapshots=limits.n_snapshots,
+            n_drafts=limits.n_drafts,
+            min_confidence=plan.min_draft_confidence,
         )
 
     @property
@@ -137,6 +145,9 @@ class Engine:
         With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
         A draft that is drawn itself lets what is drawn behind it count too: the same tokens as
         without, as a drawn token depends on logits, seed and position alone.
+
+        Raises:
+            ValueError: drafts are wanted of a model that was read without its drafter.
         """
         self.groups.flight.step = step.number
         first = self.groups.dp_rank * self.n_slots
@@ -145,10 +156,16 @@ class Engine:
             self.cache.place(s.slot - first, s.first_page, s.pages)
             if s.restore is not None:
                 self.cache.restore(s.slot - first, s.start, s.restore)
-        batch, streams = self._forward([Chunk(s.slot - first, s.token_ids, s.start) for s in mine])
+        drafter = self.drafter if step.drafts else None
+        if step.drafts and drafter is None:
+            raise ValueError("the model was read without its drafter")
+        chunks = [Chunk(s.slot - first, s.token_ids, s.start) for s in mine]
+        batch, streams = self._forward(chunks, drafter.observe if drafter else None)
         drawn = self._draw(mine, batch, streams) if batch is not None else []
-        if step.drafts:
-            self._draft(mine, drawn, batch, streams)
+        if drafter is not None:
+            guesses = drafter(mine, drawn, batch, streams)
+            for tokens, ids in zip([t for t in drawn if t], guesses, strict=self.answers):
+                tokens[-1] = replace(tokens[-1], drafts=ids)
         for s in mine:
             if s.save is not None:
                 n_tokens = s.start + len(s.token_ids) - s.n_drafts
@@ -158,7 +175,7 @@ class Engine:
     def _draw(
         self, mine: Sequence[SequenceStep], batch: Batch, streams: torch.Tensor
     ) -> list[list[Sampled]]:
-        """Return what each sequence has drawn here: one token, and one more for a right draft."""
+        """Return what each sequence has drawn here: a token, and one more for each right draft."""
         drawn: list[list[Sampled]] = [[] for _ in mine]
         if self.model.head is None:
             return drawn
@@ -185,43 +202,6 @@ class Engine:
             if before == drafts[: len(before)]:
                 drawn[i].append(token)
         return drawn
-
-    def _draft(
-        self,
-        mine: Sequence[SequenceStep],
-        drawn: list[list[Sampled]],
-        batch: Batch | None,
-        streams: torch.Tensor,
-    ) -> None:
-        """Run the drafter behind a step; the last token each sequence has drawn gets its guess.
-
-        Every rank takes part: of a TP group one knows what was drawn, of an EP group all have
-        experts.
-        """
-        tp = self.groups.tp
-        if batch is None:
-            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-            self.model.draft(streams, nothing, None, self.cache.layers, nothing)
-            return
-        next_ids: list[int] = []
-        rows: list[int] = []
-        for s, tokens, stop in zip(mine, drawn, batch.cu_seqlens[1:].tolist(), strict=True):
-            ids = [*s.token_ids[1:], s.next_id or 0]
-            if s.sampling is not None:
-                # What follows a wrong draft is computed again before anything depends on it.
-                known = [t.token_id for t in tokens] or [0]
-                ids[len(ids) - 1 - s.n_drafts :] = known + [0] * (s.n_drafts + 1 - len(known))
-                rows.append(stop - 1 - s.n_drafts + len(known) - 1)
-            next_ids += ids
-        packed = torch.tensor(next_ids + rows, device=self.device)
-        if tp.size > 1:
-            packed = tp.all_gather(packed, [len(packed)] * tp.size)[0]
-        n = len(next_ids)
-        logits = self.model.draft(streams, packed[:n], batch, self.cache.layers, packed[n:])
-        if not self.answers:
-            return
-        for tokens, guess in zip([t for t in drawn if t], logits.argmax(-1).tolist(), strict=True):
-            tokens[-1] = replace(tokens[-1], draft=guess)
 
     @torch.inference_mode()
     def logits(

@@ -49,7 +49,8 @@ class KVCache:
     `max_chunk` is the most tokens of one sequence a step may bring: a window ring must
     hold them beside the window before. There are `n_pages` pages of `page_tokens`, by default
     enough for all slots, which then have their own; `place` gives them others. A snapshot has
-    what a slot needs at the end of a page beside its pages.
+    what a slot needs at the end of a page beside its pages. A step may bring up to `n_drafts`
+    guesses for a sequence, which end no block: what is behind wrong ones is written again.
     """
 
     def __init__(
@@ -66,11 +67,16 @@ class KVCache:
         layers: tuple[int, int] | None = None,
         n_pages: int | None = None,
         n_snapshots: int = 0,
+        n_drafts: int = 0,
     ) -> None:
         self.config, self.device = config, torch.device(device)
         self.n_slots, self.max_model_len, self.max_chunk = n_slots, max_model_len, max_chunk
-        self.min_page_rows = min_page_rows
-        self.n_blocks = -(-max_model_len // BLOCK_TOKENS)
+        self.min_page_rows, self.n_drafts = min_page_rows, n_drafts
+        layers = layers or (0, len(config.compress_ratios))
+        ahead = 0
+        if config.dspark is not None and layers[1] > config.n_layers:
+            ahead = config.dspark.block_size  # a drafter's block goes on behind the last token
+        self.n_blocks = -(-(max_model_len + ahead) // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
         self.ring_blocks = min(ring, self.n_blocks)
         self.page_tokens = page_tokens(min_page_rows)
@@ -83,7 +89,7 @@ class KVCache:
             )
         own = torch.arange(n_slots * self._max_pages, dtype=torch.int32) % self.n_pages
         self._pages = own.view(n_slots, self._max_pages)
-        ratios = config.compress_ratios[slice(*layers)] if layers else config.compress_ratios
+        ratios = config.compress_ratios[slice(*layers)]
         self.layers = [self._layer(ratio, kv_record, index_record) for ratio in ratios]
         self._snapshots = Snapshots.of(self.layers, n_snapshots)
 
@@ -117,7 +123,8 @@ class KVCache:
     def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
         overlaps = ratio == 4
         width = 2 * head_dim * (2 if overlaps else 1)
-        return torch.zeros(self.n_slots, state_rows(ratio, overlaps), width, device=self.device)
+        rows = state_rows(ratio, overlaps, self.n_drafts)
+        return torch.zeros(self.n_slots, rows, width, device=self.device)
 
     @cached_property
     def _freqs(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,6 +196,33 @@ class KVCache:
                 ratio: self._rows(ratio, self._table(ratio, slots), seq_lens, cu_seqlens, compress)
                 for ratio in sorted(set(self.config.compress_ratios) - {0})
             },
+        )
+        return batch if self.device.type == "cpu" else to_device(batch, self.device)
+
+    def block(
+        self, slots: Sequence[int], starts: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> Batch:
+        """Lay out the block a drafter guesses from for each slot, from position `starts` on.
+
+        Each token is a request of its own that ends with the block: it sees all of the block, and
+        the window before that. The rows are written again once their tokens are known.
+        """
+        n, size = len(ids), len(ids[0])
+        table = self._rings[torch.tensor(slots)].repeat_interleave(size, 0)
+        first = torch.tensor(starts).repeat_interleave(size)
+        position = first + torch.arange(size).repeat(n)
+        block = table.gather(1, (position // BLOCK_TOKENS).unsqueeze(1)).squeeze(1).long()
+        turns = rope_table(position, self._freqs[0])
+        batch = Batch(
+            input_ids=torch.tensor(ids).flatten(),
+            seq_lens=(first + size).int(),
+            cu_seqlens=torch.arange(n * size + 1, dtype=torch.int32),
+            state_slots=torch.tensor(slots).repeat_interleave(size),
+            window_block_table=table,
+            window_slot_mapping=block * BLOCK_TOKENS + position % BLOCK_TOKENS,
+            rope=turns,
+            compress_rope=turns,
+            compressed={},
         )
         return batch if self.device.type == "cpu" else to_device(batch, self.device)
 

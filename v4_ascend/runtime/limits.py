@@ -24,6 +24,7 @@ def limits_of(plan: Plan, config: ModelConfig) -> Limits:
         max_chunk=plan.max_chunk,
         n_pages=n_pages,
         page_tokens=size,
+        group_tokens=BLOCK_TOKENS,
         n_snapshots=plan.prefix_snapshots if may_share else 0,
         n_drafts=plan.n_draft_tokens,
     )

@@ -28,7 +28,7 @@ def load_model(
     checkpoint: Checkpoint,
     numerics: Numerics,
     *,
-    with_mtp: bool,
+    with_drafter: bool,
     progress: Progress,
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
@@ -45,7 +45,7 @@ def load_model(
     if held is None:
         headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
         parts: list[tuple[TensorHeader, Part | None]]
-        parts = [(h, None) for h in headers if with_mtp or not h.name.startswith("mtp.")]
+        parts = [(h, None) for h in headers if with_drafter or not h.name.startswith("mtp.")]
         total = sum(h.nbytes for h, _ in parts)
     else:
         parts = [(checkpoint.headers[name], h.part) for name, h in held.items()]
@@ -54,8 +54,8 @@ def load_model(
     def tensor(name: str) -> torch.Tensor:
         return checkpoint.tensor(name, held[name].part if held is not None else None)
 
-    source = _counted(tensor, ReadAhead(parts), total, progress, device)
-    return Transformer.read(source, checkpoint.config, numerics, with_mtp=with_mtp, shard=shard)
+    source, config = _counted(tensor, ReadAhead(parts), total, progress, device), checkpoint.config
+    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def load_rank(
@@ -72,13 +72,13 @@ def load_rank(
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
-    config, with_mtp = checkpoint.config, plan.n_draft_tokens > 0
+    config, with_drafter = checkpoint.config, plan.n_draft_tokens > 0
     shard = shard_of(plan, groups, config)
     if isinstance(checkpoint, Checkpoint):
         return load_model(
             checkpoint,
             numerics,
-            with_mtp=with_mtp,
+            with_drafter=with_drafter,
             progress=progress,
             device=device,
             shard=shard,
@@ -87,7 +87,7 @@ def load_rank(
     headers = checkpoint.headers.values()
     ahead = ReadAhead((h, None) for h in headers)
     source = _counted(checkpoint.tensor, ahead, sum(h.nbytes for h in headers), progress, device)
-    return Transformer.read(source, config, numerics, with_mtp=with_mtp, shard=shard)
+    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
@@ -131,7 +131,7 @@ def shard_of(plan: Plan, groups: Groups, config: ModelConfig) -> Shard:
         if plan.expert_placement is not None
         else (even,) * (end - first)
     )
-    placed += (even,) * config.n_mtp_layers  # the drafter's, where there is one
+    placed += (even,) * config.n_draft_layers  # the drafter's, where there is one
     return Shard(
         layers=rank.layers,
         placement=placed,

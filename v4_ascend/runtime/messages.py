@@ -67,8 +67,8 @@ class SequenceStep(msgspec.Struct, frozen=True, omit_defaults=True):
 class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
     """A drawn token, its log probability, and those of the most likely ones.
 
-    With an `error` the token means nothing: the request's grammar could not be followed. `draft`
-    is a guess of the token behind it.
+    With an `error` the token means nothing: the request's grammar could not be followed. `drafts`
+    are guesses of the tokens behind it.
     """
 
     request: int
@@ -76,7 +76,7 @@ class Sampled(msgspec.Struct, frozen=True, omit_defaults=True):
     logprob: float | None
     top_logprobs: list[tuple[int, float]]
     error: str | None = None
-    draft: int | None = None
+    drafts: list[int] = []
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +100,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Front to ranks: one step, the same for all of them, in the order of their numbers.
 
-    With `drafts` the drafter runs too, and every drawn token comes with a guess of the next.
+    With `drafts` the drafter runs too, and the last token drawn of a sequence comes with guesses.
     """
 
     number: int

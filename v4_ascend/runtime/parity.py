@@ -151,7 +151,7 @@ def record(
         model = load_model(
             checkpoint,
             numerics,
-            with_mtp=False,
+            with_drafter=False,
             progress=lambda done, total: None,
             device=backend.device(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from v4_ascend.errors import RequestError
@@ -13,7 +13,7 @@ from v4_ascend.runtime.pages import PagePool, extend_digests
 from v4_ascend.runtime.sequence import Flying, Progress, Request
 
 FinishReason = Literal["stop", "length"]
-PROBATION = 256  # drafts before their acceptance is judged, and over which it is averaged
+PROBATION = 256  # rounds of drafts before they are judged, and over which they are averaged
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,17 @@ class Limits:
     """What a deployment has room for; all but the queue are of one DP group.
 
     `n_pages` of `page_tokens` each hold at least one request of the full length. Without
-    snapshots no prefix is shared. Drafts end for good once fewer than `min_acceptance` of the
-    last ones were right; `n_drafts` is 0 or 1.
+    snapshots no prefix is shared. A sequence is drafted for by up to `n_drafts` tokens a step.
+    Drafts end for good once fewer than `min_acceptance` tokens a step were right of the last
+    ones; none ends a group of `group_tokens`, whose state could not be taken back. Pages are
+    whole groups.
     """
 
     n_slots: int
     max_chunk: int
     n_pages: int
     page_tokens: int
+    group_tokens: int
     n_snapshots: int = 0
     n_drafts: int = 0
     min_acceptance: float = 0.3
@@ -55,8 +58,14 @@ class Counters:
     prompt_tokens: int = 0  # of requests that were given a slot
     cached_tokens: int = 0  # of them, found in the caches
     preempted: int = 0
+    drafts: int = 0  # steps of a sequence that had some
     drafted: int = 0
-    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # by place behind the last token
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that were right."""
+        return sum(self.accepted_at)
 
 
 class Scheduler:
@@ -72,9 +81,11 @@ class Scheduler:
         self, limits: Limits, *, eos_id: int, n_groups: int = 1, n_in_flight: int = 1
     ) -> None:
         self.limits, self.eos_id, self.n_in_flight = limits, eos_id, n_in_flight
-        self.counters = Counters()
-        self.drafts = limits.n_drafts > 0
-        self._acceptance = 1.0
+        # A chunk brings a token beside its drafts.
+        self._n_drafts = min(limits.n_drafts, limits.max_chunk - 1)
+        self.counters = Counters(accepted_at=[0] * self._n_drafts)
+        self.drafts = self._n_drafts > 0
+        self._acceptance, self._n_judged = 1.0, 0
         self.pools = [limits.new_pool() for _ in range(n_groups)]
         n = limits.n_slots
         self._free = [list(range(g * n, (g + 1) * n)) for g in range(n_groups)]
@@ -180,9 +191,9 @@ class Scheduler:
         """
         pool, size = self._pool(progress), self.limits.page_tokens
         end = progress.n_sent + n
-        if progress.draft is not None and end // size != (end + 1) // size:
-            progress.draft = None  # the end of a page is met exactly, for its snapshot
-        want = -(-(end + (progress.draft is not None)) // size) - len(progress.pages)
+        # So the end of a page is met exactly too, for its snapshot.
+        del progress.drafts[self.limits.group_tokens - 1 - end % self.limits.group_tokens :]
+        want = -(-(end + len(progress.drafts)) // size) - len(progress.pages)
         while want > pool.n_free:
             here = [p for p in self._running.values() if self._pool(p) is pool]
             later = [p for p in here if p.turn > progress.turn and not p.n_in_flight]
@@ -241,13 +252,13 @@ class Scheduler:
             if progress.is_cancelled:
                 of_request, n_accepted = [], 0
             elif part.n_drafts:
-                self._judge(n_accepted)
+                self._count(part.n_drafts, n_accepted)
             new = self._drawn(progress, of_request)
             progress.landed(part, n_accepted, self._pool(progress))
             if new and new[-1].finish:
                 progress.is_cancelled = True
-            elif new and self.drafts and progress.request.max_tokens - progress.n_drawn > 1:
-                progress.draft = of_request[-1].draft
+            elif new and self.drafts:
+                self._guess(progress, of_request[-1].drafts)
             self._release_unused(progress)
             tokens += new
         return tokens
@@ -266,13 +277,25 @@ class Scheduler:
                 break
         return tokens
 
+    def _guess(self, progress: Progress, drafts: Sequence[int]) -> None:
+        """Keep the drafts that could be drawn: the last token needs none behind it."""
+        n = min(self._n_drafts, progress.request.max_tokens - progress.n_drawn - 1)
+        progress.drafts = list(drafts[: max(0, n)])
+        if not drafts:
+            self._judge(0)  # the drafter ran for nothing
+
+    def _count(self, n_drafts: int, n_accepted: int) -> None:
+        self.counters.drafts += 1
+        self.counters.drafted += n_drafts
+        for place in range(n_accepted):
+            self.counters.accepted_at[place] += 1
+        self._judge(n_accepted)
+
     def _judge(self, n_accepted: int) -> None:
-        """Count a draft; where too few are right, computing them costs more than they bring."""
-        self.counters.drafted += 1
-        self.counters.accepted += n_accepted
+        """Take in a round; where too few drafts are right, they cost more than they bring."""
+        self._n_judged += 1
         self._acceptance += (n_accepted - self._acceptance) / PROBATION
-        is_judged = self.counters.drafted >= PROBATION
-        if is_judged and self._acceptance < self.limits.min_acceptance:
+        if self._n_judged >= PROBATION and self._acceptance < self.limits.min_acceptance:
             self.drafts = False
 
     def _pool(self, progress: Progress) -> PagePool:

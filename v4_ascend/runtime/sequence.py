@@ -51,7 +51,7 @@ class Progress:
     n_published: int = 0  # pages others may find
     cuts: list[int] = field(default_factory=list)  # where a chunk ends, for a snapshot
     restore: int | None = None
-    draft: int | None = None
+    drafts: list[int] = field(default_factory=list)
     decoded_snapshot: bytes | None = None
     n_in_flight: int = 0
     is_drawing: bool = False  # a step in flight draws its next token
@@ -90,17 +90,17 @@ class Progress:
         self.slot, self.pages, self.restore = slot, prefix.pages + fresh, prefix.snapshot
         self.n_sent = len(prefix.pages) * size
         self.n_published, self.n_placed = len(prefix.pages), 0
-        self.draft = self.decoded_snapshot = None
+        self.drafts, self.decoded_snapshot = [], None
         # A snapshot where others left the same way before, and one at the end.
         ends = {prefix.n_known, (len(self.tokens) - 1) // size} if pool.n_snapshots else set()
         self.cuts = sorted(n * size for n in ends if n * size > self.n_sent)
         return self.n_sent
 
     def step(self, n: int, number: int, pool: PagePool) -> tuple[SequenceStep, Flying]:
-        """Lay out the next `n` tokens, and the draft if there is one."""
+        """Lay out the next `n` tokens, and the drafts behind them."""
         r, start, end = self.request, self.n_sent, self.n_sent + n
         is_last = end == len(self.tokens)
-        ids = self.tokens[start:end] + ([self.draft] if self.draft is not None else [])
+        ids = self.tokens[start:end] + self.drafts
         step = SequenceStep(
             r.id,
             self.slot if self.slot is not None else -1,
@@ -112,10 +112,10 @@ class Progress:
             first_page=self.n_placed,
             restore=self.restore,
             save=self._save(end, pool),
-            n_drafts=len(ids) - n,
+            n_drafts=len(self.drafts),
             next_id=None if is_last else self.tokens[end],
         )
-        self.n_placed, self.restore, self.draft = len(self.pages), None, None
+        self.n_placed, self.restore, self.drafts = len(self.pages), None, []
         self.n_sent += len(ids)
         self.n_in_flight += 1
         self.is_drawing, self.last_step = is_last, number

@@ -155,12 +155,21 @@ class _State(Collector):
             ("vllm:prefix_cache_queries", "prompt tokens looked for", counted.prompt_tokens),
             ("vllm:prefix_cache_hits", "prompt tokens found", counted.cached_tokens),
             ("vllm:num_preemptions", "requests sent back for want of pages", counted.preempted),
+            ("vllm:spec_decode_num_drafts", "times some were guessed", counted.drafts),
             ("vllm:spec_decode_num_draft_tokens", "guessed", counted.drafted),
             ("vllm:spec_decode_num_accepted_tokens", "guessed right", counted.accepted),
         ):
             counter = CounterMetricFamily(name, what, labels=LABELS)
             counter.add_metric(model, value)
             yield counter
+        by_place = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "guessed right, by place behind the last token",
+            labels=(*LABELS, "position"),
+        )
+        for place, n in enumerate(counted.accepted_at):
+            by_place.add_metric([*model, str(place)], n)
+        yield by_place
         load = GaugeMetricFamily(
             "v4_ascend_expert_load_imbalance",
             "rows of the busiest expert of a layer by the mean, since loading",

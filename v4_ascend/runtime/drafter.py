@@ -1,0 +1,140 @@
+"""Guesses behind a step: what the drafter is given, and what of its answer is worth computing.
+
+Every rank takes part: of a TP group one knows what was drawn, of an EP group all have experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from v4_ascend.model.batch import Batch
+from v4_ascend.model.dspark import DSpark
+from v4_ascend.model.transformer import Observer, Transformer
+from v4_ascend.ops import Group
+from v4_ascend.runtime.kv_cache import KVCache
+from v4_ascend.runtime.messages import Sampled, SequenceStep
+
+
+class Drafter(Protocol):
+    """Runs behind the network; `observe` sees its layers' streams, if it is to."""
+
+    observe: Observer | None
+
+    def __call__(
+        self,
+        mine: Sequence[SequenceStep],
+        drawn: Sequence[Sequence[Sampled]],
+        batch: Batch | None,
+        streams: torch.Tensor,
+    ) -> list[list[int]]:
+        """Return guesses of what follows the last token of each sequence that draws."""
+
+
+def drafter_of(
+    model: Transformer, cache: KVCache, first_slot: int, n_drafts: int, min_confidence: float
+) -> Drafter | None:
+    """Return the drafter a model was read with. Of this DP group's slots `first_slot` is 0."""
+    if model.dspark is not None:
+        return Blocks(model, model.dspark, cache, first_slot, n_drafts, min_confidence)
+    return OneAhead(model, cache) if model.mtp else None
+
+
+class OneAhead:
+    """The MTP module: one guess."""
+
+    observe: Observer | None = None
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+
+    def __call__(
+        self,
+        mine: Sequence[SequenceStep],
+        drawn: Sequence[Sequence[Sampled]],
+        batch: Batch | None,
+        streams: torch.Tensor,
+    ) -> list[list[int]]:
+        """See `Drafter`."""
+        layers = self._cache.layers
+        if batch is None:
+            nothing = torch.empty(0, dtype=torch.int64, device=streams.device)
+            self._model.draft(streams, nothing, None, layers, nothing)
+            return []
+        next_ids: list[int] = []
+        rows: list[int] = []
+        for s, tokens, stop in zip(mine, drawn, batch.cu_seqlens[1:].tolist(), strict=True):
+            ids = [*s.token_ids[1:], s.next_id or 0]
+            if s.sampling is not None:
+                # What follows a wrong draft is computed again before anything depends on it.
+                known = _known(tokens)
+                ids[len(ids) - 1 - s.n_drafts :] = known + [0] * (s.n_drafts + 1 - len(known))
+                rows.append(stop - 1 - s.n_drafts + len(known) - 1)
+            next_ids += ids
+        n = len(next_ids)
+        packed = torch.tensor(next_ids + rows, device=streams.device)
+        packed = _as_first(packed, self._model.shard.tp)
+        logits = self._model.draft(streams, packed[:n], batch, layers, packed[n:])
+        return [[guess] for guess in logits.argmax(-1).tolist()]
+
+
+class Blocks:
+    """DSpark: a block of guesses, as many of them as are likely to be right."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        dspark: DSpark,
+        cache: KVCache,
+        first_slot: int,
+        n_drafts: int,
+        min_confidence: float,
+    ) -> None:
+        self._model, self._dspark, self._cache = model, dspark, cache
+        self._first_slot, self._n_drafts = first_slot, n_drafts
+        self._min_confidence = min_confidence
+        self._seen: dict[int, torch.Tensor] = {}
+        self.observe: Observer | None = dspark.observer(self._seen)
+
+    def __call__(
+        self,
+        mine: Sequence[SequenceStep],
+        drawn: Sequence[Sequence[Sampled]],
+        batch: Batch | None,
+        streams: torch.Tensor,
+    ) -> list[list[int]]:
+        """See `Drafter`. A guess counts only with all before it, and so does its chance."""
+        stages = self._cache.layers[self._model.config.n_layers :]
+        if batch is not None:
+            self._dspark.take(self._seen, batch, stages)
+        self._seen.clear()
+        drawing = [(s, _known(t)) for s, t in zip(mine, drawn, strict=True) if s.sampling]
+        if not drawing:
+            self._model.draft_blocks(None, self._cache.layers)
+            return []
+        last = [known[-1] for _, known in drawing]
+        at = [s.start + len(s.token_ids) - s.n_drafts + len(known) - 1 for s, known in drawing]
+        packed = _as_first(torch.tensor([last, at], device=streams.device), self._model.shard.tp)
+        last, at = packed.tolist()
+        c = self._dspark.dspark
+        block = self._cache.block(
+            [s.slot - self._first_slot for s, _ in drawing],
+            at,
+            [[token, *[c.noise_token_id] * (c.block_size - 1)] for token in last],
+        )
+        guesses = self._model.draft_blocks(block, self._cache.layers)
+        chance = guesses.confidence[:, : self._n_drafts].cumprod(-1)
+        counts = (chance >= self._min_confidence).sum(-1).tolist()
+        return [ids[:n] for ids, n in zip(guesses.ids.tolist(), counts, strict=True)]
+
+
+def _known(tokens: Sequence[Sampled]) -> list[int]:
+    """Return what was drawn; a rank that does not draw is told by the one that does."""
+    return [t.token_id for t in tokens] or [0]
+
+
+def _as_first(x: torch.Tensor, tp: Group) -> torch.Tensor:
+    """Return what the first rank of a TP group has, which draws."""
+    return x if tp.size == 1 else tp.all_gather(x, [len(x)] * tp.size)[0]
