@@ -108,7 +108,7 @@ def ruled(n_prompt):
 
 
 @settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     shapes=st.lists(
@@ -126,7 +126,8 @@ def ruled(n_prompt):
 def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts, shapes):
     """Batches, chunks, shared prefixes, rules, right and wrong drafts, and pages too few for all.
 
-    The rules make every token depend on all that were drawn before it.
+    The rules make every token depend on all that were drawn before it. Of one family of prompts
+    tokens are drawn by chance.
     """
     config = engine.config
     limits = changed(limits_of(plan(checkpoint, n_drafts), config), min_acceptance=0.0)
@@ -135,7 +136,7 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts,
             id=n,
             prompt_ids=prompt(family, n_shared, n, n_own, config.vocab_size),
             max_tokens=max_tokens,
-            sampling=GREEDY,
+            sampling=Sampling(0.8, 0.9, n) if family else GREEDY,
             rules=ruled(n_shared + n_own) if has_rules else None,
         )
         for n, (family, n_shared, n_own, max_tokens, has_rules) in enumerate(shapes)
