@@ -214,10 +214,10 @@ def test_an_image_starts_as_its_user_and_works(built, name):
         assert image.run(["id", "-u"], user=user).stdout.strip() == "1000"
     for words, says in (
         ([*entry, *final.of("CMD")[0].words], "Usage: v4-ascend"),
-        ([*entry, "plan", "--topology", "supernode"], "chosen"),
+        ([*entry, "plan", "--topology", "supernode"], "v4-pro"),
         ([*entry, "ops", "--backend", "cpu"], "sparse_attn"),
         ([*entry, "init", "--preset", "tiny", "--out", "tiny"], ""),
-        ([*entry, "inspect", "tiny"], "v4"),
+        ([*entry, "inspect", "tiny"], "DeepSeek-V4"),
         (Instruction("CMD", health, 0).words, ""),
     ):
         done = image.run(words, user=user)

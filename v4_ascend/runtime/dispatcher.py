@@ -180,9 +180,16 @@ class Dispatcher:
             pid = self.watch.ranks[verdict.rank].pid
             self._lose(reason)
             if verdict.action == "end":
-                await self.link.end(reason, self.plan.parallel.world_size)
+                await self.link.end(reason, range(self.plan.parallel.world_size))
                 if self.watch.is_local[verdict.rank]:  # it may be stopped, and hears nothing
                     os.kill(pid, signal.SIGKILL)
+            else:
+                await self._end_elsewhere(verdict.rank, reason)
+
+    async def _end_elsewhere(self, rank: int, reason: str) -> None:
+        """Let other hosts' ranks start again too: a host's torchrun knows of its own alone."""
+        host = self.plan.ranks[rank].host
+        await self.link.end(reason, [r.rank for r in self.plan.ranks if r.host != host])
 
     async def _send_steps(self) -> None:
         while True:
@@ -225,7 +232,9 @@ class Dispatcher:
         if known is not None and known.pid == hello.pid:
             return  # its heartbeat
         if known is not None:
-            self._lose(f"{self.watch.name(rank)} was started again (pid {hello.pid})")
+            reason = f"{self.watch.name(rank)} was started again (pid {hello.pid})"
+            self._lose(reason)
+            await self._end_elsewhere(rank, reason)
         self.watch.met(rank, hello.pid)
         if self.health.state != "failed":
             self.health.state = "loading"

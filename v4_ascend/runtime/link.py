@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +70,10 @@ class FrontLink:
         for rank in range(n_ranks):
             await self._socket.send_multipart([_name(rank), text])
 
-    async def end(self, reason: str, n_ranks: int) -> None:
-        """Tell all ranks to leave, whatever they wait for: their heartbeats listen."""
+    async def end(self, reason: str, ranks: Iterable[int]) -> None:
+        """Tell ranks to leave, whatever they wait for: their heartbeats listen."""
         text = msgspec.msgpack.encode(End(reason))
-        for rank in range(n_ranks):
+        for rank in ranks:
             await self._socket.send_multipart([_name(rank) + BEAT, text])
 
     async def receive(self) -> tuple[int, FromRank]:
