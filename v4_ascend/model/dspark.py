@@ -4,9 +4,10 @@ Its stages attend to keys made of what the network knew of every token so far, a
 block: its tokens are the last one drawn, and noise. What the block says is corrected from left to
 right by the guess before, and each guess comes with the chance that it is right.
 
-Sources: arXiv 2607.05147, equations 2, 3, 5 and 7; inference/model.py of DeepSeek-V4-Flash-0731
-(DSparkBlock, DSparkAttention, forward_spec) as MindStudio's ModelSlim ports it, and that of
-V4.1-Flash; hebo1221/nano-deepseek-v4 docs/verification/dspark.md for what is easily got wrong.
+Sources: inference/model.py of DeepSeek-V4-Flash-0731 (DSparkBlock, DSparkAttention, forward_spec)
+as MindStudio's ModelSlim ports it, and that of V4.1-Flash; hebo1221/nano-deepseek-v4
+docs/verification/dspark.md for what is easily got wrong and for the equations of the paper
+(arXiv 2607.05147: 2, 3, 5 and 7).
 V4.1 takes the streams in front of its target layers, these models behind them (vllm PR 46995).
 """
 
