@@ -1,7 +1,7 @@
 """The DSpark drafter once more: dense, in loops, from the whole sequence; nothing of ours in it.
 
-Written from ports of inference/model.py of DeepSeek-V4-Flash-0731, with the paper's equations
-(arXiv 2607.05147) as nano-deepseek-v4 numbers them. Everything is fp32, every linear layer a matrix.
+Written from ports of inference/model.py of DeepSeek-V4-Flash-0731, and the equations of the paper
+(arXiv 2607.05147) as nano-deepseek-v4 has them. Everything is fp32, every linear layer a matrix.
 """
 
 import math
