@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENVIRONMENTS := npu mindspore triton-ascend
 
-.PHONY: install lock demo test check verify-emulated clean
+.PHONY: install lock demo test ci check verify-emulated clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,9 @@ check: install
 # One thread a process: two test processes share two cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# What CI runs: real widths and long drills too, and each vendor's stack without its hardware.
+ci: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --slow -m slow
 	$(MAKE) verify-emulated
 
