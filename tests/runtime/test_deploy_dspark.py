@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_deploy import ASK, Box
 
-DEVICES = "cluster.supernodes=[{name: here, hosts: [localhost], devices_per_host: 4}]"
-LAYOUT = "layout={dp_size: 2, tp_size: 2, ep_size: 4}"
+DEVICES = "cluster.supernodes=[{name: here, hosts: [localhost], devices_per_host: 2}]"
+LAYOUT = "layout={tp_size: 2, ep_size: 2}"
 GREEDY = ASK | {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 
 
