@@ -44,18 +44,20 @@ class Bundle(msgspec.Struct, frozen=True):
 
     version: str
     host: str
+    folder: str
     plan: str
     link: dict[str, str]
     meeting: str
     env: dict[str, str]
 
     @classmethod
-    def of(cls, plan: Plan, host: str, address: Address, meeting: str) -> Bundle:
-        """Gather it on the deploying host."""
+    def of(cls, plan: Plan, host: str, folder: str, address: Address, meeting: str) -> Bundle:
+        """Gather it on the deploying host; `folder` is the name of the deployment's there."""
         env = passed_on()
         return cls(
             __version__,
             host,
+            folder,
             plan.model_dump_json(),
             link_of(address),
             meeting,
@@ -79,18 +81,18 @@ def main() -> None:
 
 def _run(bundle: Bundle) -> int:
     plan = Plan.model_validate_json(bundle.plan)
-    command, env = ranks_of(plan, bundle.host, bundle.link, bundle.meeting)
+    command, env = ranks_of(plan, bundle.host, bundle.folder, bundle.link, bundle.meeting)
     return hold(command, env)
 
 
 def ranks_of(
-    plan: Plan, host: str, link: dict[str, str], meeting: str
+    plan: Plan, host: str, folder_name: str, link: dict[str, str], meeting: str
 ) -> tuple[list[str], dict[str, str]]:
     """Write what a host's ranks read, and return their command and its environment.
 
     They end with this process, as they do with the front on its own host.
     """
-    folder = state_root() / f"{plan.name}.{host}"  # hosts may share their home folders
+    folder = state_root() / f"{folder_name}.{host}"  # hosts may share their home folders
     private_folder(folder)
     Address(**link, followed_pid=os.getpid()).write(folder)
     plan.write(folder / "plan.json")

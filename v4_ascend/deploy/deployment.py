@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -19,31 +19,47 @@ from typing import BinaryIO
 
 import httpx
 import msgspec
+from pydantic import ValidationError
 
-from v4_ascend.config.private import open_private, private_folder, private_opener
-from v4_ascend.deploy import agent
-from v4_ascend.deploy.port import require_free
+from v4_ascend import __version__
+from v4_ascend.config.private import (
+    open_private,
+    private_folder,
+    private_opener,
+    write_private,
+)
+from v4_ascend.deploy import agent, control
+from v4_ascend.deploy.changes import Scope, changes, scope_of
+from v4_ascend.deploy.port import bound
 from v4_ascend.deploy.ssh import SSH
-from v4_ascend.deploy.state import Supervisor, start_time, state_root
+from v4_ascend.deploy.state import FILE, LOCK, Phase, Supervisor, folders, start_time
 from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
+from v4_ascend.runtime.orders import GIVE_WAY, OPEN, PATIENCE, READ_PLAN
 from v4_ascend.supernode.plan import Plan
 
 POLL_SECONDS = 0.1
 KILL_SECONDS = 5
+FRONT_SECONDS = 10.0  # for a front that is well to follow an order
 Report = Callable[[str], None]
 
 
 class Deployment:
     """One deployment's processes. Whatever happens, none outlives `run`."""
 
-    def __init__(self, plan: Plan, report: Report, drain_s: float) -> None:
+    def __init__(
+        self, plan: Plan, report: Report, drain_s: float, folder: Path | None = None
+    ) -> None:
         self.plan, self.report, self.drain_s = plan, report, drain_s
-        self.folder = state_root() / plan.name
+        self.folder = folder if folder is not None else folders(plan.name)[0]
         self.url = f"http://{plan.host}:{plan.port}"
+        self.has_served = False
+        self._inside: str | None = None
+        self._address: socket.socket | None = None
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._signals = 0
+        self._gives_way = False
         self._failure: str | None = None
 
     def run(self, timeout_s: float) -> None:
@@ -57,42 +73,100 @@ class Deployment:
         private_folder(self.folder)
         with self._locked(), self._signals_counted():
             try:
-                require_free(self.plan.host, self.plan.port)
+                self._announce("starting")
+                self._address = self._take_address()
                 self._clear()
-                self._start("front", [sys.executable, "-m", "v4_ascend.runtime.front",
-                                      str(self.folder), str(self.drain_s)])  # fmt: skip
+                self._start_front()
                 self._wait_for_link(timeout_s)
+                self._begin(timeout_s)
                 self._gather(timeout_s)
                 if not self._signals:
-                    first, *others = hosts_of(self.plan)
-                    meeting = _meeting(first)
-                    self._start(
-                        "ranks",
-                        *torchrun(self.plan, first, self.folder, meeting if others else None),
-                    )
-                    for host in others:
-                        self._start_agent(host, meeting)
-                    self._announce()
-                self._wait_ready(timeout_s)
-                while not self._signals:
-                    self._require_alive()
-                    time.sleep(POLL_SECONDS)
+                    self._start_ranks()
+                ready = self._wait_ready(timeout_s)
+                if ready is not None:
+                    self._serve(str(ready["canary"]))
                 self.report("draining; once more to stop at once")
             except V4AscendError as e:
                 self._failure = str(e)
                 raise
             finally:
                 self._stop()
-                (self.folder / "supervisor.json").unlink(missing_ok=True)
+                (self.folder / FILE).unlink(missing_ok=True)
+
+    def _take_address(self) -> socket.socket:
+        """Have the deployment's address, before anything is started."""
+        return bound(self.plan.host, self.plan.port)
+
+    def _begin(self, timeout_s: float) -> None:
+        """Listen as soon as there is a front: who comes is told that it loads."""
+        self._order_front(OPEN, "is_open", True, timeout_s)
+
+    def _serve(self, canary: str) -> None:
+        """Serve until told to stop, or to give way to another."""
+        with control.Control(self.folder) as questions:
+            self._take_over()
+            self.has_served = True
+            self.report(f"ready: {self.url}/v1, model {self.plan.model_name}, canary {canary}")
+            while not self._signals and not self._gives_way:
+                self._require_alive()
+                questions.answer(POLL_SECONDS, self._reply)
+            self._announce("ending")
+
+    def _take_over(self) -> None:
+        """Be the one that serves."""
+        self._announce("serving")
+
+    def _reply(self, question: control.Question) -> socket.socket | None:
+        """Do what another `deploy` asks.
+
+        Raises:
+            DeployError: why not.
+        """
+        match question:
+            case control.Address():
+                return self._address
+            case control.Settings(text):
+                self._change_settings(text)
+            case control.GiveWay(drain_s):
+                self.drain_s, self._gives_way = drain_s, True
+                self.report("another has taken its place")
+        return None
+
+    def _change_settings(self, text: str) -> None:
+        try:
+            plan = Plan.model_validate_json(text)
+        except ValidationError as e:
+            raise DeployError(f"{self.plan.name}: that is no plan of this version") from e
+        if scope_of(changes(self.plan, plan)) is Scope.ALL:
+            raise DeployError(f"{self.plan.name}: more has changed than settings of the front")
+        plan.write(self.folder / "plan.json")
+        try:
+            self._order_front(READ_PLAN, "plan", plan.digest, FRONT_SECONDS)
+        except V4AscendError:
+            self.plan.write(self.folder / "plan.json")
+            raise
+        self.plan = plan
+        self._announce("serving")
+        self.report("other settings of the front are in force")
+
+    def _order_front(self, order: int, key: str, value: object, timeout_s: float) -> None:
+        """Tell the front to do something, and wait until it says that it has."""
+        self._processes["front"].send_signal(order)
+        deadline = time.monotonic() + timeout_s
+        while self._ready().get(key) != value and not self._signals:
+            self._require_alive()
+            self._require_time(deadline, "the front does not answer", timeout_s)
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Be the only one that runs this deployment."""
-        with open(self.folder / "lock", "w", opener=private_opener) as lock:
+        with open(self.folder / LOCK, "a", opener=private_opener) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as e:
                 raise DeployError(f"{self.plan.name}: another process is deploying it") from e
+            os.utime(lock.fileno())
             yield
 
     @contextmanager
@@ -109,6 +183,26 @@ class Deployment:
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
             (self.folder / log).unlink(missing_ok=True)
         self.plan.write(self.folder / "plan.json")
+        write_private(self.folder / PATIENCE, str(self.drain_s))
+
+    def _start_front(self) -> None:
+        """Start it with the deployment's address, and one where nobody but us asks it."""
+        if self._address is None:
+            raise ValueError("no address")
+        with bound("127.0.0.1", 0) as inside:
+            self._inside = f"http://127.0.0.1:{inside.getsockname()[1]}"
+            fds = (self._address.fileno(), inside.fileno())
+            module = (sys.executable, "-m", "v4_ascend.runtime.front")
+            self._start("front", [*module, str(self.folder), *map(str, fds)], pass_fds=fds)
+        self._announce("starting")
+
+    def _start_ranks(self) -> None:
+        first, *others = hosts_of(self.plan)
+        meeting = _meeting(first)
+        command, env = torchrun(self.plan, first, self.folder, meeting if others else None)
+        self._start("ranks", command, env)
+        for host in others:
+            self._start_agent(host, meeting)
 
     def _start(
         self,
@@ -116,6 +210,7 @@ class Deployment:
         command: list[str],
         env: dict[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
+        pass_fds: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
         with self._output(name) as log:
             process = subprocess.Popen(
@@ -124,6 +219,7 @@ class Deployment:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=env,
+                pass_fds=pass_fds,
                 start_new_session=True,  # a Ctrl-C is ours to pass on
             )
         self._processes[name] = process
@@ -137,7 +233,8 @@ class Deployment:
 
     def _start_agent(self, host: str, meeting: str) -> None:
         """Start a host's ranks over ssh, and keep telling them that we are here."""
-        bundle = agent.Bundle.of(self.plan, host, Address.read(self.folder), meeting)
+        address = Address.read(self.folder)
+        bundle = agent.Bundle.of(self.plan, host, self.folder.name, address, meeting)
         self._start_remote(f"ranks-{host}", host, "v4_ascend.deploy.agent", bundle)
 
     def _start_remote(self, name: str, host: str, module: str, bundle: msgspec.Struct) -> None:
@@ -155,11 +252,15 @@ class Deployment:
 
         Thread(target=keep_telling, daemon=True).start()
 
-    def _announce(self) -> None:
-        pid = os.getpid()
-        started = start_time(pid) or 0
-        plan = self.plan
-        me = Supervisor(plan.name, pid, started, self.url, plan.digest, plan.model_name)
+    def _announce(self, phase: Phase) -> None:
+        """Let `status`, `down` and another `deploy` know that we are here, and how far."""
+        pid, plan = os.getpid(), self.plan
+        me = Supervisor(
+            *(plan.name, pid, start_time(pid) or 0, self.url, plan.digest, plan.model_name),
+            phase=phase,
+            inside=self._inside,
+            version=__version__,
+        )
         me.write(self.folder)
 
     def _wait_for_link(self, timeout_s: float) -> None:
@@ -169,7 +270,8 @@ class Deployment:
             self._require_time(deadline, "the front did not come up", timeout_s)
             time.sleep(POLL_SECONDS)
 
-    def _wait_ready(self, timeout_s: float) -> None:
+    def _wait_ready(self, timeout_s: float) -> dict[str, object] | None:
+        """Return what the front says once it is ready; None if told to stop before."""
         deadline, last = time.monotonic() + timeout_s, ""
         while not self._signals:
             self._require_alive()
@@ -177,24 +279,20 @@ class Deployment:
             state = str(now.get("state", "starting"))
             if now.get("total_bytes") and state == "loading":
                 state = f"loading {100 * now['loaded_bytes'] // now['total_bytes']} %"  # type: ignore[operator]
-            if state != last:
-                self.report(
-                    state
-                    if state != "ready"
-                    else f"ready: {self.url}/v1, model "
-                    f"{self.plan.model_name}, canary {now['canary']}"
-                )
-                last = state
             if state == "ready":
-                return
+                return now
+            if state != last:
+                self.report(state)
+                last = state
             if state == "failed":
                 raise DeployError(f"{self.plan.name}: {now['reason']}; log: {self._log('ranks')}")
             self._require_time(deadline, "not ready", timeout_s)
             time.sleep(POLL_SECONDS)
+        return None
 
     def _ready(self) -> dict[str, object]:
         try:
-            answer: dict[str, object] = httpx.get(f"{self.url}/ready", timeout=5).json()
+            answer: dict[str, object] = httpx.get(f"{self._inside}/ready", timeout=5).json()
         except httpx.TransportError:
             return {}
         return answer
@@ -225,17 +323,24 @@ class Deployment:
     def _stop(self) -> None:
         """Let the front drain, then end the ranks; kill what does not listen."""
         before = self._signals
-        self._end(["front"], self.drain_s + KILL_SECONDS, before)
+        if self._address is not None:
+            self._address.close()
+        if self._gives_way:
+            write_private(self.folder / PATIENCE, str(self.drain_s))
+        farewell = GIVE_WAY if self._gives_way else signal.SIGTERM
+        self._end(["front"], self.drain_s + KILL_SECONDS, before, farewell)
         self._release()
         self._end([n for n in self._processes if n != "front"], KILL_SECONDS, before)
 
-    def _end(self, names: list[str], patience: float, n_signals: int) -> None:
+    def _end(
+        self, names: list[str], patience: float, n_signals: int, farewell: int = signal.SIGTERM
+    ) -> None:
         processes = [self._processes[n] for n in names if n in self._processes]
         for process in processes:
             if process.stdin is not None:
                 process.stdin.close()  # an agent ends by itself, and says so by ending
             elif process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(farewell)
         deadline = time.monotonic() + patience + (KILL_SECONDS if len(processes) > 1 else 0)
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
             if self._signals > max(n_signals, 1):

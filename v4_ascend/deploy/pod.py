@@ -187,7 +187,7 @@ class OtherHost:
         return None
 
     def _run(self, call: Call, go: Go) -> None:
-        command, env = ranks_of(self.plan, self.host, go.link, go.meeting)
+        command, env = ranks_of(self.plan, self.host, self.plan.name, go.link, go.meeting)
         self.report(f"{self.host}: starting ranks")
         ranks = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         ended = "was stopped"

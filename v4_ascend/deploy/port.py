@@ -1,4 +1,4 @@
-"""Whether a port is free, and whose it is if not."""
+"""Addresses to listen at: ours once bound, or whose they are."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ LISTEN = "0A"  # of /proc/net/tcp
 
 def require_free(host: str, port: int) -> None:
     """Raise PortInUseError, naming the owner if it can be seen, unless we could listen."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError as e:
-            owner = _owner(port) or "a process that is not visible from here"
-            raise PortInUseError(
-                f"port {port} on {host}: {e.strerror}; held by {owner}; "
-                "stop it or choose another with --port"
-            ) from e
+    bound(host, port).close()
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address, and does not listen yet.
+
+    Raises:
+        PortInUseError: naming the owner if it can be seen.
+    """
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        s.bind((host, port))
+    except OSError as e:
+        s.close()
+        owner = _owner(port) or "a process that is not visible from here"
+        raise PortInUseError(
+            f"port {port} on {host}: {e.strerror}; held by {owner}; "
+            "stop it or choose another with --port"
+        ) from e
+    return s
 
 
 def _owner(port: int) -> str | None:

@@ -45,6 +45,7 @@ class Health:
     loaded_bytes: int = 0
     total_bytes: int = 0
     reason: str | None = None
+    is_open: bool = False  # whether the front listens at the deployment's address
 
 
 @dataclass
@@ -76,6 +77,10 @@ class Dispatcher:
     def drain(self) -> None:
         """From now on answer new requests with 503; those that are here go on."""
         self.health.is_ready, self.health.state = False, "draining"
+
+    def give_way(self) -> None:
+        """Say that others take new clients; whoever still asks here is answered."""
+        self.health.is_open, self.health.state = False, "draining"
 
     def stop(self, reason: str) -> None:
         """End what still runs; who waits for it is told."""

@@ -20,7 +20,7 @@ from v4_ascend.config.topology import Topology
 from v4_ascend.deploy.agent import end_session
 from v4_ascend.deploy.deployment import KILL_SECONDS, POLL_SECONDS, Deployment, Report
 from v4_ascend.deploy.port import require_free
-from v4_ascend.deploy.state import Supervisor, start_time
+from v4_ascend.deploy.state import Phase, Supervisor, start_time
 from v4_ascend.deploy.vllm.agent import Order
 from v4_ascend.deploy.vllm.canary import canary
 from v4_ascend.deploy.vllm.here import filled_in
@@ -70,7 +70,7 @@ class VllmDeployment(Deployment):
                     log.unlink()
             try:
                 self._write_state("starting", None)
-                self._announce()
+                self._announce("starting")
                 deadline = time.monotonic() + timeout_s
                 for order in sorted({x.order for x in self.launches}):
                     together = [x for x in self.launches if x.order == order]
@@ -172,14 +172,17 @@ class VllmDeployment(Deployment):
         if self.conformance is not None:
             self.conformance(self.url)
         self._write_state("ready", found)
+        self._announce("serving")
         self.report(f"ready: {self.url}/v1, model {self.plan.model_name}, canary {found}")
 
-    def _announce(self) -> None:
+    def _announce(self, phase: Phase) -> None:
         pid = os.getpid()
         me = Supervisor(
             *(self.plan.name, pid, start_time(pid) or 0, self.url, self.digest),
             model=self.plan.model_name,
             engine="vllm",
+            phase=phase,
+            version=__version__,
         )
         me.write(self.folder)
 

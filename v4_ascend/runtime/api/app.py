@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 from v4_ascend import __version__
 from v4_ascend.errors import RequestError
@@ -20,7 +21,23 @@ from v4_ascend.runtime.api.errors import anthropic_error, openai_error
 from v4_ascend.runtime.api.gate import Gate
 from v4_ascend.runtime.api.request_ids import RequestIds
 from v4_ascend.runtime.api.service import Service
-from v4_ascend.runtime.draining import follow_parent
+
+
+class Application:
+    """The application as the plan has it now."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._app = make_app(service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what comes; what has begun ends where it began."""
+        await self._app(scope, receive, send)
+
+    def read_plan_again(self) -> None:
+        """Go on with what a changed plan says of keys, limits and origins."""
+        self._service.read_plan_again()
+        self._app = make_app(self._service)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -28,15 +45,11 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(service.dispatcher.run()),
-            asyncio.create_task(follow_parent()),
-        ]
+        task = asyncio.create_task(service.dispatcher.run())
         yield
-        for task in tasks:
-            task.cancel()
+        task.cancel()
         with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks)
+            await task
         service.dispatcher.link.close()
 
     # Without FastAPI's pages of documentation: they load scripts from a host of others.
@@ -85,7 +98,8 @@ def make_app(service: Service) -> FastAPI:
             "waiting": service.dispatcher.scheduler.n_waiting,
             "running": service.dispatcher.scheduler.n_running,
         }
-        return JSONResponse(h.__dict__ | queue, status_code=200 if h.is_ready else 503)
+        said = h.__dict__ | queue | {"plan": service.digest}
+        return JSONResponse(said, status_code=200 if h.is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

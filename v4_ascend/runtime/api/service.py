@@ -32,7 +32,8 @@ class Service:
     """One deployment, as its APIs see it."""
 
     def __init__(self, state: Path) -> None:
-        self.plan = Plan.read(state / "plan.json")
+        self._state = state
+        self.read_plan_again()
         folder = whole(self.plan.checkpoint)
         self.config = ModelConfig.read(folder)
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -50,10 +51,15 @@ class Service:
         self.dispatcher = Dispatcher(scheduler, state, self.plan)
         self.metrics = Metrics(self.plan, self.dispatcher)
 
+    def read_plan_again(self) -> None:
+        """Take the plan as it is written now; another one differs in settings of the front."""
+        self.plan = Plan.read(self._state / "plan.json")
+        self.digest = self.plan.digest
+
     @property
     def fingerprint(self) -> str:
         """What answers come from: the software and the plan."""
-        return f"v4-ascend-{__version__}-{self.plan.digest[:8]}"
+        return f"v4-ascend-{__version__}-{self.digest[:8]}"
 
     def require_model(self, name: str) -> None:
         """Refuse another model's name."""
