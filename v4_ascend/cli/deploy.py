@@ -1,26 +1,33 @@
-"""`deploy`, `status`, `logs` and `down`."""
+"""`deploy`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v4_ascend.errors import ConfigError, DeadlineError, DeployError
+from v4_ascend.cli import deployments
+from v4_ascend.errors import ConfigError, DeadlineError, DeployError, PlanError
 
 if TYPE_CHECKING:
     from v4_ascend.config.topology import Topology
+    from v4_ascend.deploy.doctor.facts import Answer
+
+
+class Replace(StrEnum):
+    """How a plan comes in the place of another one that runs."""
+
+    SHADOW = "shadow"
+    DOWNTIME = "downtime"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("deploy")(deploy_command)
-    app.command("status")(status_command)
-    app.command("logs")(logs_command)
-    app.command("down")(down_command)
+    deployments.register(app)
 
 
 def deploy_command(
@@ -29,8 +36,11 @@ def deploy_command(
     port: Annotated[int | None, typer.Option(help="instead of serve.port")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="return once it is ready")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the plan, start nothing")
+        bool, typer.Option("--dry-run", help="print what would be done, start nothing")
     ] = False,
+    replace: Annotated[
+        Replace, typer.Option(help="if another plan runs: start beside it, or stop it first")
+    ] = Replace.SHADOW,
     out: Annotated[
         Path | None, typer.Option(help="launchers docker and kubernetes: folder for --dry-run")
     ] = None,
@@ -47,17 +57,20 @@ def deploy_command(
     conformance: Annotated[
         bool, typer.Option("--conformance", help="engine vllm: ready once its cases pass")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="engine vllm, docker, kubernetes: with --dry-run")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="with --dry-run, for scripts")] = False,
 ) -> None:
-    """Start a deployment, wait until it is ready, and serve until Ctrl-C."""
+    """Start a deployment, or change the one that runs; serve until Ctrl-C."""
+    from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
     from v4_ascend.checkpoint.sources import headers, pinned
+    from v4_ascend.cli import deploy_changes
     from v4_ascend.cli.progress import reporter
     from v4_ascend.config.topology import load_topology, require_supported
-    from v4_ascend.deploy.state import find
-    from v4_ascend.supernode.planning import deploy_plan
+    from v4_ascend.deploy import replacement
+    from v4_ascend.deploy.changes import Scope
+    from v4_ascend.deploy.deployment import Deployment
+    from v4_ascend.deploy.state import vacant
+    from v4_ascend.supernode.planning import deploy_pool
 
     overrides = [*(set_ or []), *([f"serve.port={port}"] if port is not None else [])]
     wanted = load_topology(topology, overrides)
@@ -85,54 +98,76 @@ def deploy_command(
             return
         if detach:
             switches = [*unlooked, *(["--conformance"] * conformance)]
-            _detach(topology, overrides, wanted.name, options, switches)
+            _detach(topology, overrides, vacant(wanted.name), options, switches)
             return
-        _preflight(wanted, topology, skip=skip_preflight)
+        _preflight(wanted, f"v4-ascend doctor --topology {topology}", skip=skip_preflight)
         deploy_vllm.run(wanted, drain_timeout, timeout, conformance=conformance)
         return
-    if conformance or as_json:
-        option = "--conformance" if conformance else "--json"
-        instead = "v4-ascend conformance URL" if conformance else "--dry-run, which prints JSON"
-        raise ConfigError(option, f"is of engine vllm; with engine native take {instead}")
+    if conformance:
+        instead = "with engine native take v4-ascend conformance URL"
+        raise ConfigError("--conformance", f"is of engine vllm; {instead}")
+    if as_json and not dry_run:
+        raise ConfigError("--json", "goes with --dry-run, and with status once it runs")
     if emulate is not None:
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
-    if not dry_run:  # every process is to read the revision that is looked at here
-        wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint))
+    # Every process is to read the revision that is looked at here.
+    wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint))
     with reporter("fetching headers") as progress, headers(wanted.model.checkpoint, progress) as at:
         checkpoint = open_folder(at)
         checkpoint.require_complete()
-        plan = deploy_plan(wanted, checkpoint.config)
+        plan, pool = deploy_pool(wanted, checkpoint.config)
         if isinstance(checkpoint, ShardedFolder):
             checkpoint.require_layout(plan)
+    running = replacement.find_running(plan)
     if dry_run:
-        typer.echo(plan.model_dump_json(indent=2))
+        deploy_changes.dry_run(wanted, pool, plan, running, replace.value, as_json=as_json)
         return
-    if (found := find(plan.name)) is not None:
-        if found.digest != plan.digest:
-            raise DeployError(
-                f"{plan.name} runs already (pid {found.pid}, {found.url}) with another plan; "
-                f"v4-ascend down {plan.name} first"
-            )
-        typer.echo(f"{plan.name} runs already: {found.url}/v1")
+    if running is not None and running.scope is Scope.NOTHING:
+        typer.echo(f"{plan.name} runs already: {running.supervisor.url}/v1")
+        return
+    if running is not None and running.scope is Scope.FRONT:
+        deploy_changes.show(running)
+        replacement.change_settings(running, plan)
+        typer.echo(f"{plan.name}: in force; nothing was restarted")
         return
     if detach:
-        _detach(topology, overrides, plan.name, options, unlooked)
+        switches = ["--replace", replace.value, *unlooked]
+        _detach(topology, overrides, vacant(plan.name), options, switches)
         return
-    from v4_ascend.backends import find_backend
-    from v4_ascend.deploy.deployment import Deployment
-
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
 
     def report(line: str) -> None:
         typer.echo(f"{plan.name}: {line}", err=True)
 
-    _preflight(wanted, topology, skip=skip_preflight)
-    Deployment(plan, report, drain_timeout).run(timeout)
+    again = f"v4-ascend doctor --topology {topology}"
+    if running is None:
+        _preflight(wanted, again, skip=skip_preflight)
+        Deployment(plan, report, drain_timeout, vacant(plan.name)).run(timeout)
+        return
+    deploy_changes.show(running, err=True)
+    ours = {"devices.memory", "network.ports"}  # the running one's, and looked at elsewhere
+    if replace is Replace.DOWNTIME:
+        _preflight(wanted, again, skip=skip_preflight, left_out=ours | {"host.memory"})
+        replacement.replace_stopped(plan, report, drain_timeout, timeout, running)
+        return
+    room, answers = replacement.room_beside(running, wanted, pool, plan)
+    if not room.is_enough:
+        raise PlanError(f"{plan.name}: {deploy_changes.no_room(room.why)}")
+    report(f"a shadow starts beside pid {running.supervisor.pid}: {room.why}")
+    _preflight(wanted, again, skip=skip_preflight, left_out=ours, answers=answers)
+    replacement.Shadow(room, report, drain_timeout, running.supervisor).run(timeout)
 
 
-def _preflight(wanted: Topology, topology: str, *, skip: bool) -> None:
+def _preflight(
+    wanted: Topology,
+    again: str,
+    *,
+    skip: bool,
+    left_out: Collection[str] = (),
+    answers: Sequence[Answer] | None = None,
+) -> None:
     """Look at every host before anything starts, or say what was not looked at."""
     from v4_ascend.deploy.torchrun import require_first_here
 
@@ -141,9 +176,9 @@ def _preflight(wanted: Topology, topology: str, *, skip: bool) -> None:
         what = "versions, devices, network, clocks, memory, disks, checkpoints"
         typer.echo(f"{wanted.name}: preflight skipped: {what}", err=True)
         return
-    from v4_ascend.deploy.doctor.preflight import require_fit
+    from v4_ascend.deploy.doctor.preflight import look, require_fit
 
-    require_fit(wanted, f"v4-ascend doctor --topology {topology}")
+    require_fit(wanted, again, answers if answers is not None else look(wanted), left_out)
 
 
 def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
@@ -176,7 +211,7 @@ def _stand_in(real: Topology, n_ranks: int, *, is_told: bool) -> Topology:
 def _detach(
     topology: str,
     overrides: list[str],
-    name: str,
+    folder: Path,
     options: dict[str, float | None],
     switches: Sequence[str],
 ) -> None:
@@ -186,9 +221,7 @@ def _detach(
     import time
 
     from v4_ascend.config.private import open_private, private_folder
-    from v4_ascend.deploy.state import state_root
 
-    folder = state_root() / name
     private_folder(folder)
     log = folder / "supervisor.log"
     command = [sys.executable, "-m", "v4_ascend", "deploy", "--topology", topology]
@@ -212,97 +245,11 @@ def _detach(
         for line in lines[shown:]:
             typer.echo(line, err=True)
         shown = len(lines)
+        if went_back := next((x for x in lines if ": gone back: ready: " in x), None):
+            raise DeployError(f"{went_back}; why: {log}")
         if any(": ready: " in line for line in lines):
             return
         if ended is not None:
             raise typer.Exit(ended)
         time.sleep(0.1)
-    raise DeadlineError(f"{name}: no word after {timeout:g} s; log: {log}")
-
-
-def status_command(
-    name: Annotated[str | None, typer.Argument(help="one deployment")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
-) -> None:
-    """Say what runs on this machine and whether it is ready; with a name, of each rank too."""
-    import httpx
-
-    from v4_ascend.deploy.state import running, state_root
-
-    rows: list[dict[str, Any]] = []
-    for s in running():
-        if name not in (None, s.name):
-            continue
-        try:
-            if s.engine == "vllm":
-                from v4_ascend.deploy.vllm.deployment import status
-
-                ready = status(state_root() / s.name)
-            else:
-                ready = httpx.get(f"{s.url}/ready", timeout=5).json()
-        except httpx.TransportError as e:
-            ready = {"state": f"no answer: {e}"}
-        row = {"name": s.name, "pid": s.pid, "url": s.url, "model": s.model, **ready}
-        if name is not None and "is_ready" in ready:
-            row["ranks"] = httpx.get(f"{s.url}/ranks", timeout=5).json()
-        rows.append(row)
-    if as_json:
-        out = {"version": 1, "status": "ok", "data": rows, "diagnostics": []}
-        typer.echo(json.dumps(out, indent=2))
-    elif not rows:
-        typer.echo("nothing runs" if name is None else f"{name} does not run")
-    for row in rows if not as_json else ():
-        canary = f", canary {row['canary']}" if row.get("canary") else ""
-        line = f"{row['name']}: {row['state']}, {row['url']}/v1, model {row['model']}"
-        if "waiting" in row:
-            line += f", {row['running']} requests running, {row['waiting']} waiting"
-        reason = f", {row['reason']}" if row.get("reason") else ""
-        typer.echo(f"{line}, pid {row['pid']}{canary}{reason}")
-        for process in row.get("processes", ()) if name is not None else ():
-            answers = "answers" if process["is_ready"] else "does not answer"
-            where = f"{process['url']} {answers}" if process["url"] else "no API"
-            typer.echo(f"  {process['name']} on {process['host']}: {where}")
-        for rank in row.get("ranks", ()):
-            state = f"step {rank['step']}" if rank["is_ready"] else "not ready"
-            loaded = f"{rank['loaded_bytes'] / 1e6:,.1f} MB read"
-            loaded += f", {rank['resident_bytes'] / 1e6:,.1f} MB of weights"
-            typer.echo(f"  {rank['what']}: {loaded}, {state}, pid {rank['pid']}")
-
-
-def logs_command(
-    name: Annotated[str, typer.Argument(help="a deployment")],
-    rank: Annotated[int | None, typer.Option(help="of one rank alone")] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="go on until the deployment ends")
-    ] = False,
-) -> None:
-    """Print the logs of a deployment's processes."""
-    from v4_ascend.deploy.logs import Logs
-
-    logs = Logs(name, rank)
-    for line in logs.follow() if follow else logs.lines():
-        typer.echo(line)
-
-
-def down_command(
-    name: Annotated[str, typer.Argument(help="a deployment")],
-    timeout: Annotated[float, typer.Option(help="seconds to wait for it")] = 60.0,
-) -> None:
-    """Stop a deployment: running requests finish, then everything it started ends."""
-    import os
-    import signal
-    import time
-
-    from v4_ascend.deploy.state import find
-
-    found = find(name)
-    if found is None:
-        typer.echo(f"{name} does not run")
-        return
-    os.kill(found.pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout
-    while found.is_running():
-        if time.monotonic() > deadline:
-            raise DeadlineError(f"{name}: pid {found.pid} still runs after {timeout:g} s")
-        time.sleep(0.1)
-    typer.echo(f"{name}: stopped")
+    raise DeadlineError(f"{folder.name}: no word after {timeout:g} s; log: {log}")

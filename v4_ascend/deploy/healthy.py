@@ -19,6 +19,8 @@ def main() -> None:
     """Ask each; say which does not answer."""
     ask = build_opener(ProxyHandler({})).open  # what runs here is not behind a proxy
     for deployment in running():
+        if deployment.phase == "starting":
+            continue  # it does not listen yet, and ends by itself if it cannot
         url = f"{deployment.url}/health"
         try:
             ask(url, timeout=TIMEOUT_SECONDS).close()

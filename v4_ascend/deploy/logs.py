@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from v4_ascend.deploy.state import find, state_root
+from v4_ascend.deploy.state import find, latest
 from v4_ascend.errors import ConfigError
-from v4_ascend.supernode.plan import Plan
+from v4_ascend.supernode.plan import Plan, Rank
 
 FROM_RANK = re.compile(r"^\[(\d+)\]: ?(.*)$")  # torchrun's prefix, see `torchrun`
 POLL_SECONDS = 0.2
@@ -25,12 +25,11 @@ class Logs:
             ConfigError: there are no logs, or no such rank.
         """
         self._name, self._rank = name, rank
-        self._folder = state_root() / name
+        self._folder = latest(name)
         self._read: dict[Path, int] = {}
         if not any(self._folder.glob("*.log")):
             raise ConfigError(name, "no logs; v4-ascend status lists what runs")
-        file = self._folder / "plan.json"  # not there if nothing was ever started
-        self._ranks = Plan.read(file).ranks if file.exists() else ()
+        self._ranks = self._planned()
         n_ranks = len(self._ranks)
         if rank is not None and not self._ranks:
             raise ConfigError("--rank", f"{rank}; {name} has not started any")
@@ -51,11 +50,17 @@ class Logs:
     def follow(self) -> Iterator[str]:
         """Yield lines as they are written, until the deployment ends."""
         while True:
-            is_running = find(self._name) is not None
+            found = find(self._name)
             yield from self.lines()
-            if not is_running:
+            if found is None:
                 return
+            if (folder := Path(found.folder)) != self._folder:  # another has taken its place
+                self._folder, self._ranks = folder, self._planned()
             time.sleep(POLL_SECONDS)
+
+    def _planned(self) -> tuple[Rank, ...]:
+        file = self._folder / "plan.json"  # not there if nothing was ever started
+        return Plan.read(file).ranks if file.exists() else ()
 
     def _of_host(self, host: str) -> list[int]:
         name = host or self._ranks[0].host

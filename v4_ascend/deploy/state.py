@@ -81,6 +81,10 @@ class Supervisor:
         """Write the file whole or not at all."""
         write_private(folder / FILE, json.dumps(asdict(self)))
 
+    def forget(self) -> None:
+        """Remove the file of one that is gone."""
+        (Path(self.folder) / FILE).unlink(missing_ok=True)
+
 
 def generations(name: str) -> list[Supervisor]:
     """Return who runs a deployment, first who serves it: two while one replaces the other."""

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -179,15 +179,23 @@ def judge(answers: Sequence[Answer], expected: Mapping[str, Expected]) -> list[F
     return sorted(found, key=lambda f: LEVELS.index(f.level))
 
 
-def require_fit(topology: Topology, again: str) -> None:
-    """Refuse to deploy what a quick look already shows to fail; operators are not tried.
+def look(topology: Topology) -> list[Answer]:
+    """Ask every host what a quick look shows; operators are not tried."""
+    return ask_all(questions_of(topology, expected_of(topology), QUICK_SECONDS, probe=False))
+
+
+def require_fit(
+    topology: Topology, again: str, answers: Sequence[Answer], left_out: Collection[str] = ()
+) -> None:
+    """Refuse to deploy what a quick look already shows to fail.
+
+    Checks that are `left_out` say nothing here: what they find is taken by what is replaced.
 
     Raises:
         PreflightError: with the first blocker, its next step, and how many more there are.
     """
-    expected = expected_of(topology)
-    answers = ask_all(questions_of(topology, expected, QUICK_SECONDS, probe=False))
-    blockers = [f for f in judge(answers, expected) if f.level == "blocker"]
+    found = judge(answers, expected_of(topology))
+    blockers = [f for f in found if f.level == "blocker" and f.check not in left_out]
     if blockers:
         raise PreflightError(refusal(blockers, again))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from v4_ascend.deploy.explain.findings import Findings
-from v4_ascend.deploy.state import state_root
+from v4_ascend.deploy.state import latest
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.plan import Plan
 
@@ -27,7 +27,7 @@ def of_deployment(name: str) -> tuple[list[Path], Plan | None]:
     Raises:
         ConfigError: there are no logs of that name.
     """
-    folder = state_root() / name
+    folder = latest(name)
     logs = sorted(folder.glob("*.log"))
     if not logs:
         raise ConfigError("--name", f"{name} has no logs in {folder}; v4-ascend status lists names")

@@ -25,7 +25,7 @@ from v4_ascend.deploy.explain.entries import all_entries
 from v4_ascend.deploy.explain.findings import judge
 from v4_ascend.deploy.explain.logs import look_through, of_deployment
 from v4_ascend.deploy.explain.report import verdict_lines
-from v4_ascend.deploy.state import find, state_root
+from v4_ascend.deploy.state import find, latest
 from v4_ascend.deploy.support.redaction import Redactor
 from v4_ascend.supernode.plan import Plan
 
@@ -183,7 +183,7 @@ def write(wanted: Wanted, out: Path) -> dict[str, int]:
     Raises:
         ConfigError: the deployment has no logs.
     """
-    folder = state_root() / wanted.name if wanted.name else None
+    folder = latest(wanted.name) if wanted.name else None
     plan = of_deployment(wanted.name)[1] if wanted.name else None
     redactor = redactor_for(plan, folder)
     half = out.with_name(f".{out.name}.{os.getpid()}")
