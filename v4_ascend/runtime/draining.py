@@ -9,13 +9,16 @@ import socket
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from v4_ascend.runtime.api.app import Application
 from v4_ascend.runtime.api.punctual import PunctualProtocol
-from v4_ascend.runtime.dispatcher import Dispatcher
 from v4_ascend.runtime.orders import GIVE_WAY, OPEN, ORDERS, PATIENCE, READ_PLAN
+
+if TYPE_CHECKING:
+    from v4_ascend.runtime.api.app import Application
+    from v4_ascend.runtime.dispatcher import Dispatcher
 
 CLOSE = (b"connection", b"close")
 
