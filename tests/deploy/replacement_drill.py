@@ -84,13 +84,13 @@ def main():
     plan = plan_of(name, int(port), checkpoint, int(concurrency))
 
     def report(line):
-        print(f"{name}: {line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{name}: {line}\n")
 
     stand_ins()
     if kill:
         from v4_ascend.deploy import replacement
 
-        kill_at(kill[0], (Shadow, replacement.Successor, Deployment))
+        kill_at(kill[0], (Shadow if how == "shadow" else replacement.Successor, Deployment))
     if how == "start":
         Deployment(plan, report, 5.0, vacant(name)).run(20)
         return

@@ -71,9 +71,7 @@ class Application:
             for i in range(parts):
                 await asyncio.sleep(0.1 if parts > 1 else 0)
                 line = json.dumps(said).encode() + b"\n"
-                await send(
-                    {"type": "http.response.body", "body": line, "more_body": i < parts - 1}
-                )
+                await send({"type": "http.response.body", "body": line, "more_body": i < parts - 1})
         finally:
             self.dispatcher.n -= 1
 
@@ -81,12 +79,14 @@ class Application:
 def main():
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
     state = Path(sys.argv[1])
-    address, inside = (socket.socket(fileno=int(fd)) for fd in sys.argv[2:4])
+    parent = int(sys.argv[2])
+    address, inside = (socket.socket(fileno=int(fd)) for fd in sys.argv[3:5])
     dispatcher = Dispatcher()
     app = Application(state, dispatcher)
     Address("tcp://127.0.0.1:1", "key", "secret", os.getpid()).write(state)
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
-    asyncio.run(DrainingServer(config, app, dispatcher, state, address).serve([inside]))
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_keep_alive=1)
+    server = DrainingServer(config, app, dispatcher, state, address, parent)
+    asyncio.run(server.serve([inside]))
 
 
 if __name__ == "__main__":

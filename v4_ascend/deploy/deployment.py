@@ -193,7 +193,8 @@ class Deployment:
             self._inside = f"http://127.0.0.1:{inside.getsockname()[1]}"
             fds = (self._address.fileno(), inside.fileno())
             module = (sys.executable, "-m", "v4_ascend.runtime.front")
-            self._start("front", [*module, str(self.folder), *map(str, fds)], pass_fds=fds)
+            words = map(str, (self.folder, os.getpid(), *fds))
+            self._start("front", [*module, *words], pass_fds=fds)
         self._announce("starting")
 
     def _start_ranks(self) -> None:

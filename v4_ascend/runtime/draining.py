@@ -37,12 +37,12 @@ class DrainingServer(uvicorn.Server):
         dispatcher: Dispatcher,
         state: Path,
         address: socket.socket,
+        parent: int,
     ) -> None:
         super().__init__(config)
         self._app, self._dispatcher, self._state = app, dispatcher, state
-        self._address = address
+        self._address, self._parent = address, parent
         self._listening: asyncio.Server | None = None
-        self._parent = os.getppid()
         self._patience_s, self._deadline = 0.0, float("inf")
         self._has_given_way = False
 

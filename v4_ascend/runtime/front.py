@@ -25,7 +25,8 @@ def main() -> None:
     """Serve until told to stop, then let running requests finish."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)  # before anybody can know that we are here
     state = Path(sys.argv[1])
-    address, inside = (socket.socket(fileno=int(fd)) for fd in sys.argv[2:4])
+    parent = int(sys.argv[2])  # told, not asked for: it may be gone before we are here
+    address, inside = (socket.socket(fileno=int(fd)) for fd in sys.argv[3:5])
 
     async def serve() -> None:
         service = Service(state)
@@ -37,7 +38,7 @@ def main() -> None:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_graceful_shutdown=1,  # streams that are left after draining
         )
-        server = DrainingServer(config, app, service.dispatcher, state, address)
+        server = DrainingServer(config, app, service.dispatcher, state, address, parent)
         await server.serve([inside])
 
     asyncio.run(serve())

@@ -21,7 +21,7 @@ from v4_ascend.runtime.canary import canary
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
-from v4_ascend.runtime.link import Address, RankLink
+from v4_ascend.runtime.link import Address, RankLink, is_alive
 from v4_ascend.runtime.messages import Beat, End, ExpertCounts, Failed, Loading, Ready, Start, Step
 from v4_ascend.runtime.operator_times import is_timed, timed
 from v4_ascend.supernode.plan import Plan
@@ -101,12 +101,13 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
 
 def _beat(address: Address, rank: int, flight: Flight) -> None:
     link = RankLink(address, rank, is_heartbeat=True)
-    while True:
+    while is_alive(address.followed_pid):
         link.send(Beat(flight.step, flight.n_exchanges, flight.waiting))
         match link.poll(BEAT_SECONDS):
             case End(reason):
                 sys.stderr.write(f"rank {rank}: told to end: {reason}\n")
                 os._exit(1)  # the main thread may wait for a rank that never answers
+    os._exit(0)  # the front is gone, and who loads or computes does not see it
 
 
 if __name__ == "__main__":
