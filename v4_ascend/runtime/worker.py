@@ -70,7 +70,7 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             reported = tenth
             link.send(Loading(done, total))
 
-    device = torch.device(find_backend(plan.backend, "plan.backend").device())
+    device = _device(plan, rank)
     flight = Flight()
     Thread(target=_beat, args=(address, rank, flight), daemon=True).start()
     match link.receive():
@@ -97,6 +97,16 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             if time.monotonic() - counted > COUNT_SECONDS:  # it waits for the device
                 link.send(ExpertCounts(engine.expert_counts()))
                 counted = time.monotonic()
+
+
+def _device(plan: Plan, rank: int) -> torch.device:
+    """Return the device that the plan gives a rank, and make it this process's own."""
+    device = torch.device(find_backend(plan.backend, "plan.backend").device())
+    index = plan.ranks[rank].device
+    if device.type == "cpu" or not index:
+        return device
+    torch.get_device_module(device).set_device(index)
+    return torch.device(device.type, index)
 
 
 def _beat(address: Address, rank: int, flight: Flight) -> None:
