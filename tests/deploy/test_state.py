@@ -85,6 +85,16 @@ def test_a_start_takes_the_folder_that_nobody_runs_in():
     assert vacant("one") == first
 
 
+def test_a_start_keeps_away_from_what_a_lost_one_may_be_ending(sleeper):
+    first, second = folders("one")
+    announce(first, sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    assert vacant("one") == second
+    announce(second, os.getpid())
+    assert vacant("one") == first
+
+
 def test_logs_of_what_has_ended_are_those_of_the_last_start():
     first, second = folders("one")
     assert latest("one") == first

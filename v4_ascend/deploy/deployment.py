@@ -32,7 +32,7 @@ from v4_ascend.deploy import agent, control
 from v4_ascend.deploy.changes import Scope, changes, scope_of
 from v4_ascend.deploy.port import bound
 from v4_ascend.deploy.ssh import SSH
-from v4_ascend.deploy.state import FILE, LOCK, Phase, Supervisor, folders, start_time
+from v4_ascend.deploy.state import FILE, LOCK, Phase, Supervisor, folders, lost, start_time
 from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
 from v4_ascend.errors import DeadlineError, DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
@@ -74,6 +74,8 @@ class Deployment:
         with self._locked(), self._signals_counted():
             try:
                 self._announce("starting")
+                for gone in lost(self.plan.name):
+                    gone.forget()
                 self._address = self._take_address()
                 self._clear()
                 self._start_front()

@@ -115,10 +115,13 @@ def running() -> list[Supervisor]:
 
 
 def vacant(name: str) -> Path:
-    """Return the folder for the next start: one that nobody runs in."""
-    first, second = folders(name)
+    """Return the folder for the next start: one that nobody runs in.
+
+    One whose supervisor was lost comes last: what he started may just be ending.
+    """
     taken = {s.folder for s in generations(name)}
-    return second if str(first) in taken else first
+    free = [f for f in folders(name) if str(f) not in taken] or [folders(name)[1]]
+    return next((f for f in free if not (f / FILE).exists()), free[0])
 
 
 def latest(name: str) -> Path:
