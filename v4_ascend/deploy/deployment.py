@@ -2,63 +2,47 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
-from types import FrameType
-from typing import BinaryIO
 
 import httpx
-import msgspec
 from pydantic import ValidationError
 
 from v4_ascend import __version__
 from v4_ascend.config.private import (
-    open_private,
     private_folder,
-    private_opener,
     write_private,
 )
 from v4_ascend.deploy import agent, control
 from v4_ascend.deploy.changes import Scope, changes, scope_of
 from v4_ascend.deploy.port import bound
-from v4_ascend.deploy.ssh import SSH
-from v4_ascend.deploy.state import FILE, LOCK, Phase, Supervisor, folders, lost, start_time
+from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Processes, Report
+from v4_ascend.deploy.state import FILE, Phase, Supervisor, folders, lost, start_time
 from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
-from v4_ascend.errors import DeadlineError, DeployError, V4AscendError
+from v4_ascend.errors import DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
 from v4_ascend.runtime.orders import GIVE_WAY, OPEN, PATIENCE, READ_PLAN
 from v4_ascend.supernode.plan import Plan
 
-POLL_SECONDS = 0.1
-KILL_SECONDS = 5
 FRONT_SECONDS = 10.0  # for a front that is well to follow an order
-Report = Callable[[str], None]
 
 
-class Deployment:
+class Deployment(Processes):
     """One deployment's processes. Whatever happens, none outlives `run`."""
 
     def __init__(
         self, plan: Plan, report: Report, drain_s: float, folder: Path | None = None
     ) -> None:
-        self.plan, self.report, self.drain_s = plan, report, drain_s
-        self.folder = folder if folder is not None else folders(plan.name)[0]
+        super().__init__(plan, report, folder if folder is not None else folders(plan.name)[0])
+        self.drain_s = drain_s
         self.url = f"http://{plan.host}:{plan.port}"
         self.has_served = False
         self._inside: str | None = None
         self._address: socket.socket | None = None
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._signals = 0
         self._gives_way = False
         self._failure: str | None = None
 
@@ -160,26 +144,6 @@ class Deployment:
             self._require_time(deadline, "the front does not answer", timeout_s)
             time.sleep(POLL_SECONDS)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Be the only one that runs this deployment."""
-        with open(self.folder / LOCK, "a", opener=private_opener) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise DeployError(f"{self.plan.name}: another process is deploying it") from e
-            os.utime(lock.fileno())
-            yield
-
-    @contextmanager
-    def _signals_counted(self) -> Iterator[None]:
-        old = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
     def _clear(self) -> None:
         """Leave nothing of an earlier run that could be taken for this one's."""
         for log in ("link.json", "ranks.log", *(p.name for p in self.folder.glob("ranks-*.log"))):
@@ -207,27 +171,6 @@ class Deployment:
         for host in others:
             self._start_agent(host, meeting)
 
-    def _start(
-        self,
-        name: str,
-        command: list[str],
-        env: dict[str, str] | None = None,
-        stdin: int = subprocess.DEVNULL,
-        pass_fds: Sequence[int] = (),
-    ) -> subprocess.Popen[bytes]:
-        with self._output(name) as log:
-            process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                pass_fds=pass_fds,
-                start_new_session=True,  # a Ctrl-C is ours to pass on
-            )
-        self._processes[name] = process
-        return process
-
     def _gather(self, timeout_s: float) -> None:
         """Wait for other hosts; those that are reached by ssh are started from here."""
 
@@ -239,21 +182,6 @@ class Deployment:
         address = Address.read(self.folder)
         bundle = agent.Bundle.of(self.plan, host, self.folder.name, address, meeting)
         self._start_remote(f"ranks-{host}", host, "v4_ascend.deploy.agent", bundle)
-
-    def _start_remote(self, name: str, host: str, module: str, bundle: msgspec.Struct) -> None:
-        """Run a module on a host: its first line of input is `bundle`, then a beat follows."""
-        remote = f"{shlex.quote(sys.executable)} -m {module}"
-        process = self._start(name, [*SSH, host, remote], stdin=subprocess.PIPE)
-
-        def keep_telling() -> None:
-            line = msgspec.json.encode(bundle) + b"\n"
-            with suppress(OSError, ValueError):  # it ended, and is missed elsewhere
-                while process.stdin is not None:
-                    os.write(process.stdin.fileno(), line)
-                    line = b"\n"
-                    time.sleep(agent.BEAT_SECONDS)
-
-        Thread(target=keep_telling, daemon=True).start()
 
     def _announce(self, phase: Phase) -> None:
         """Let `status`, `down` and another `deploy` know that we are here, and how far."""
@@ -300,29 +228,6 @@ class Deployment:
             return {}
         return answer
 
-    def _require_alive(self) -> None:
-        for name, process in self._processes.items():
-            if (code := process.poll()) is not None:
-                raise DeployError(
-                    f"{self.plan.name}: {name} ended with exit code {code}; log: {self._log(name)}"
-                )
-
-    def _require_time(self, deadline: float, what: str, timeout_s: float) -> None:
-        if time.monotonic() > deadline:
-            log = self._log("ranks")
-            raise DeadlineError(f"{self.plan.name}: {what} after {timeout_s:g} s; log: {log}")
-
-    def _log(self, name: str) -> str:
-        """Say where what a process writes can be read."""
-        return str(self.folder / f"{name}.log")
-
-    def _output(self, name: str) -> BinaryIO:
-        """Open what a process writes to."""
-        return open_private(Path(self._log(name)))
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-
     def _stop(self) -> None:
         """Let the front drain, then end the ranks; kill what does not listen."""
         before = self._signals
@@ -334,25 +239,6 @@ class Deployment:
         self._end(["front"], self.drain_s + KILL_SECONDS, before, farewell)
         self._release()
         self._end([n for n in self._processes if n != "front"], KILL_SECONDS, before)
-
-    def _end(
-        self, names: list[str], patience: float, n_signals: int, farewell: int = signal.SIGTERM
-    ) -> None:
-        processes = [self._processes[n] for n in names if n in self._processes]
-        for process in processes:
-            if process.stdin is not None:
-                process.stdin.close()  # an agent ends by itself, and says so by ending
-            elif process.poll() is None:
-                process.send_signal(farewell)
-        deadline = time.monotonic() + patience + (KILL_SECONDS if len(processes) > 1 else 0)
-        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            if self._signals > max(n_signals, 1):
-                break
-            time.sleep(POLL_SECONDS)
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def _meeting(first: str) -> str:

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import BinaryIO
 
 from v4_ascend.deploy.agent import GIVE_UP_SECONDS, link_of, ranks_of, stop
-from v4_ascend.deploy.deployment import KILL_SECONDS, POLL_SECONDS, Deployment, Report
+from v4_ascend.deploy.deployment import Deployment
+from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Report
 from v4_ascend.deploy.rollcall import Call, Go, Over, RollCall
 from v4_ascend.deploy.torchrun import hosts_of
 from v4_ascend.errors import DeadlineError, DeployError

@@ -16,15 +16,10 @@ from pathlib import Path
 from v4_ascend.config.topology import Topology
 from v4_ascend.deploy import control
 from v4_ascend.deploy.changes import Change, Scope, changes, scope_of
-from v4_ascend.deploy.deployment import (
-    FRONT_SECONDS,
-    KILL_SECONDS,
-    POLL_SECONDS,
-    Deployment,
-    Report,
-)
+from v4_ascend.deploy.deployment import FRONT_SECONDS, Deployment
 from v4_ascend.deploy.doctor.facts import Answer
 from v4_ascend.deploy.doctor.preflight import look
+from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Report
 from v4_ascend.deploy.room import Room, find_room
 from v4_ascend.deploy.state import Supervisor, generations, vacant
 from v4_ascend.deploy.torchrun import hosts_of

@@ -18,8 +18,9 @@ from v4_ascend import __version__
 from v4_ascend.config.private import private_folder, write_private
 from v4_ascend.config.topology import Topology
 from v4_ascend.deploy.agent import end_session
-from v4_ascend.deploy.deployment import KILL_SECONDS, POLL_SECONDS, Deployment, Report
+from v4_ascend.deploy.deployment import Deployment
 from v4_ascend.deploy.port import require_free
+from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Report
 from v4_ascend.deploy.state import Phase, Supervisor, start_time
 from v4_ascend.deploy.vllm.agent import Order
 from v4_ascend.deploy.vllm.canary import canary
