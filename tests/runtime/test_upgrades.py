@@ -90,11 +90,11 @@ def test_a_dry_run_says_what_would_be_restarted_and_starts_nothing(box):
 def test_a_shadow_that_fails_its_canary_changes_nothing(box):
     damaged = box.folder / "damaged"
     subprocess.run(["cp", "-r", box.folder / "tiny", damaged], check=True)
-    (file,) = sorted(damaged.glob("*.safetensors"))[:1]
-    tensors = load_file(file)
-    name = next(n for n in sorted(tensors) if "norm" in n)
-    tensors[name] = torch.full_like(tensors[name], float("nan"))
-    save_file(tensors, file, {"format": "pt"})
+    for file in damaged.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [n for n in tensors if "norm" in n]:
+            tensors[name] = torch.full_like(tensors[name], float("nan"))
+        save_file(tensors, file, {"format": "pt"})
     before = box.processes()
     done = deploy(box, f"model.checkpoint={damaged}")
     assert done.returncode == 6, done.stderr

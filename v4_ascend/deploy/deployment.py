@@ -114,9 +114,18 @@ class Deployment(Processes):
             case control.Settings(text):
                 self._change_settings(text)
             case control.GiveWay(drain_s):
-                self.drain_s, self._gives_way = drain_s, True
-                self.report("another has taken its place")
+                self._give_way(drain_s)
         return None
+
+    def _give_way(self, drain_s: float) -> None:
+        """Listen no more from here on; what has come is finished while we end."""
+        self.drain_s, self._gives_way = drain_s, True
+        write_private(self.folder / PATIENCE, str(drain_s))
+        self._processes["front"].send_signal(GIVE_WAY)
+        deadline = time.monotonic() + FRONT_SECONDS
+        while self._ready().get("is_open") and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        self.report("another has taken its place")
 
     def _change_settings(self, text: str) -> None:
         try:
@@ -233,9 +242,7 @@ class Deployment(Processes):
         before = self._signals
         if self._address is not None:
             self._address.close()
-        if self._gives_way:
-            write_private(self.folder / PATIENCE, str(self.drain_s))
-        farewell = GIVE_WAY if self._gives_way else signal.SIGTERM
+        farewell = None if self._gives_way else signal.SIGTERM
         self._end(["front"], self.drain_s + KILL_SECONDS, before, farewell)
         self._release()
         self._end([n for n in self._processes if n != "front"], KILL_SECONDS, before)

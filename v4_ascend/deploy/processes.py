@@ -118,13 +118,18 @@ class Processes:
         self._signals += 1
 
     def _end(
-        self, names: list[str], patience: float, n_signals: int, farewell: int = signal.SIGTERM
+        self,
+        names: list[str],
+        patience: float,
+        n_signals: int,
+        farewell: int | None = signal.SIGTERM,
     ) -> None:
+        """Wait for processes to end, told so by `farewell` if they are not yet; then kill them."""
         processes = [self._processes[n] for n in names if n in self._processes]
         for process in processes:
             if process.stdin is not None:
                 process.stdin.close()  # an agent ends by itself, and says so by ending
-            elif process.poll() is None:
+            elif process.poll() is None and farewell is not None:
                 process.send_signal(farewell)
         deadline = time.monotonic() + patience + (KILL_SECONDS if len(processes) > 1 else 0)
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
