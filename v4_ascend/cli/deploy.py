@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v4_ascend.cli import deployments
+from v4_ascend.cli.deployments import down_command, logs_command, status_command
 from v4_ascend.errors import ConfigError, DeadlineError, DeployError, PlanError
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ class Replace(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     app.command("deploy")(deploy_command)
-    deployments.register(app)
+    app.command("status")(status_command)
+    app.command("logs")(logs_command)
+    app.command("down")(down_command)
 
 
 def deploy_command(

@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from v4_ascend.deploy.state import Supervisor
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    app.command("status")(status_command)
-    app.command("logs")(logs_command)
-    app.command("down")(down_command)
-
-
 def status_command(
     name: Annotated[str | None, typer.Argument(help="one deployment")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
