@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +63,6 @@ def deploy_command(
     as_json: Annotated[bool, typer.Option("--json", help="with --dry-run, for scripts")] = False,
 ) -> None:
     """Start a deployment, or change the one that runs; serve until Ctrl-C."""
-    from v4_ascend.backends import find_backend
     from v4_ascend.checkpoint.sharded import ShardedFolder, open_folder
     from v4_ascend.checkpoint.sources import headers, pinned
     from v4_ascend.cli import deploy_changes
@@ -70,7 +70,6 @@ def deploy_command(
     from v4_ascend.config.topology import load_topology, require_supported
     from v4_ascend.deploy import replacement
     from v4_ascend.deploy.changes import Scope
-    from v4_ascend.deploy.deployment import Deployment
     from v4_ascend.deploy.state import vacant
     from v4_ascend.supernode.planning import deploy_pool
 
@@ -102,7 +101,7 @@ def deploy_command(
             switches = [*unlooked, *(["--conformance"] * conformance)]
             _detach(topology, overrides, vacant(wanted.name), options, switches)
             return
-        _preflight(wanted, f"v4-ascend doctor --topology {topology}", skip=skip_preflight)
+        _preflight(wanted, _again(topology), skip=skip_preflight)
         deploy_vllm.run(wanted, drain_timeout, timeout, conformance=conformance)
         return
     if conformance:
@@ -137,29 +136,36 @@ def deploy_command(
         switches = ["--replace", replace.value, *unlooked]
         _detach(topology, overrides, vacant(plan.name), options, switches)
         return
+    from v4_ascend.backends import find_backend
+    from v4_ascend.deploy.deployment import Deployment
+
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
 
     def report(line: str) -> None:
         typer.echo(f"{plan.name}: {line}", err=True)
 
-    again = f"v4-ascend doctor --topology {topology}"
+    look = partial(_preflight, wanted, _again(topology), skip=skip_preflight)
     if running is None:
-        _preflight(wanted, again, skip=skip_preflight)
+        look()
         Deployment(plan, report, drain_timeout, vacant(plan.name)).run(timeout)
         return
     deploy_changes.show(running, err=True)
     ours = {"devices.memory", "network.ports"}  # the running one's, and looked at elsewhere
     if replace is Replace.DOWNTIME:
-        _preflight(wanted, again, skip=skip_preflight, left_out=ours | {"host.memory"})
+        look(left_out=ours | {"host.memory"})
         replacement.replace_stopped(plan, report, drain_timeout, timeout, running)
         return
     room, answers = replacement.room_beside(running, wanted, pool, plan)
     if not room.is_enough:
         raise PlanError(f"{plan.name}: {deploy_changes.no_room(room.why)}")
     report(f"a shadow starts beside pid {running.supervisor.pid}: {room.why}")
-    _preflight(wanted, again, skip=skip_preflight, left_out=ours, answers=answers)
+    look(left_out=ours, answers=answers)
     replacement.Shadow(room, report, drain_timeout, running.supervisor).run(timeout)
+
+
+def _again(topology: str) -> str:
+    return f"v4-ascend doctor --topology {topology}"
 
 
 def _preflight(
@@ -240,7 +246,9 @@ def _detach(
             start_new_session=True,
         )
     timeout = options["--timeout"] or 0.0
-    shown, deadline = 0, time.monotonic() + timeout + 60
+    # What is replaced drains first, and may have to be started again.
+    patience = 2 * timeout + (options["--drain-timeout"] or 0.0) + 60
+    shown, deadline = 0, time.monotonic() + patience
     while time.monotonic() < deadline:
         ended = process.poll()
         lines = log.read_text(encoding="utf-8").splitlines()
@@ -254,4 +262,4 @@ def _detach(
         if ended is not None:
             raise typer.Exit(ended)
         time.sleep(0.1)
-    raise DeadlineError(f"{folder.name}: no word after {timeout:g} s; log: {log}")
+    raise DeadlineError(f"{folder.name}: no word after {patience:g} s; log: {log}")
