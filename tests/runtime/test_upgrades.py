@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -88,17 +88,20 @@ def test_a_dry_run_says_what_would_be_restarted_and_starts_nothing(box):
 
 
 def test_a_shadow_that_fails_its_canary_changes_nothing(box):
-    damaged = box.folder / "damaged"
-    subprocess.run(["cp", "-r", box.folder / "tiny", damaged], check=True)
-    for file in damaged.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in [n for n in tensors if "norm" in n]:
-            tensors[name] = torch.full_like(tensors[name], float("nan"))
-        save_file(tensors, file, {"format": "pt"})
+    """One tensor of the new checkpoint is damaged; the reference was recorded of the whole one."""
+    ids, reference, damaged = (box.folder / n for n in ("ids", "reference", "damaged"))
+    save_file({"input_ids": torch.arange(40).view(1, 40)}, ids)
+    words = ("--checkpoint", box.folder / "tiny", "--input-ids", ids, "--prefill", 20)
+    done = box.run("parity", "record", *words, "--out", reference)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(box.folder / "tiny", damaged)
+    file = next(f for f in damaged.glob("*.safetensors") if "norm.weight" in load_file(f))
+    tensors = load_file(file)
+    save_file(tensors | {"norm.weight": 2 * tensors["norm.weight"]}, file, {"format": "pt"})
     before = box.processes()
-    done = deploy(box, f"model.checkpoint={damaged}")
+    done = deploy(box, f"model.checkpoint={damaged}", f"model.reference={reference}")
     assert done.returncode == 6, done.stderr
-    assert "canary: prefill and decode differ by nan" in done.stderr
+    assert f"canary: not as {reference}: " in done.stderr
     wait_for(lambda: box.processes() == before)
     assert [row["state"] for row in box.status()] == ["ready"]
     assert stream(box, 2, 5) == "length"
