@@ -95,19 +95,17 @@ def _row(s: Supervisor, *, with_ranks: bool) -> dict[str, Any]:
     import httpx
 
     inside = s.inside or s.url
-    ready: dict[str, Any]
+    row = {"name": s.name, "pid": s.pid, "phase": s.phase, "url": s.url, "model": s.model}
     try:
         if s.engine == "vllm":
             from v4_ascend.deploy.vllm.deployment import status
 
-            ready = status(Path(s.folder))
-        else:
-            ready = httpx.get(f"{inside}/ready", timeout=5).json()
+            return row | status(Path(s.folder))
+        row |= httpx.get(f"{inside}/ready", timeout=5).json()
+        if with_ranks:
+            row["ranks"] = httpx.get(f"{inside}/ranks", timeout=5).json()
     except httpx.TransportError as e:
-        ready = {"state": f"no answer: {e}" if s.phase == "serving" else s.phase}
-    row = {"name": s.name, "pid": s.pid, "phase": s.phase, "url": s.url, "model": s.model, **ready}
-    if with_ranks and "is_ready" in ready:
-        row["ranks"] = httpx.get(f"{inside}/ranks", timeout=5).json()
+        row["state"] = f"no answer: {e}" if s.phase == "serving" else s.phase
     return row
 
 
