@@ -1,6 +1,7 @@
 """What a deployment shows to its network and to other users of the host."""
 
 import asyncio
+import json
 import os
 import socket
 import stat
@@ -74,10 +75,25 @@ def test_every_file_of_the_state_is_the_users_alone(served):
     state = served.folder / "state/v4-ascend/open"
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     names = {p.name for p in state.iterdir()}
-    assert names >= {"plan.json", "link.json", "supervisor.json", "lock", "front.log", "ranks.log"}
+    assert names >= {
+        "plan.json",
+        "link.json",
+        "supervisor.json",
+        "lock",
+        "control",
+        "front.log",
+        "ranks.log",
+    }
     for path in state.iterdir():
         assert not path.stat().st_mode & 0o077, path
     assert KEY in (state / "plan.json").read_text()
+
+
+def test_the_front_s_own_port_wants_the_key_too(served):
+    file = served.folder / "state/v4-ascend/open/supervisor.json"
+    inside = json.loads(file.read_text())["inside"]
+    assert inside.startswith("http://127.0.0.1:")
+    assert httpx.get(f"{inside}/v1/models").status_code == 401
 
 
 def test_prompts_answers_and_keys_are_in_no_log(served):
