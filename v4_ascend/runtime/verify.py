@@ -128,7 +128,7 @@ def _run(
         got = _all_outputs(op, inputs, kernel.fn)  # brings them to the host, so waits for them
         seconds = time.perf_counter() - start
         used = assert_close(got, want, op.tolerance)
-    except (AssertionError, V4AscendError, RuntimeError, ValueError, TypeError, IndexError) as e:
+    except Exception as e:  # noqa: BLE001  # whatever stops a kernel is what a report is for
         why = f"{type(e).__name__}: {e}" if not isinstance(e, AssertionError) else str(e)
         spent = time.perf_counter() - start
         return Result(*who, "failed", backend.proof(), seconds=spent, why=why)
