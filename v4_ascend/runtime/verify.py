@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from v4_ascend.backends import Backend, Proof
-from v4_ascend.errors import ConfigError, V4AscendError
+from v4_ascend.errors import ConfigError
 from v4_ascend.ops import OPS, use_policy
 from v4_ascend.ops.check import assert_close
 from v4_ascend.ops.op import Case, Kernel, Op
@@ -102,7 +102,8 @@ def verify(
                     )
                     continue
                 if want is None:
-                    want = _all_outputs(op, op.inputs(case), op.reference)
+                    with use_policy(backend="cpu", kernels="reference"):  # of what it calls, too
+                        want = _all_outputs(op, op.inputs(case), op.reference)
                 yield _run(op, case, kernel, backend, inputs, want)
         progress(done + 1, len(chosen))
 
