@@ -82,7 +82,7 @@ def fp8_gemm(
         *(a.contiguous(), a_scale.contiguous().view(torch.uint8), b.contiguous()),
         b_scale.contiguous().view(torch.uint8) if is_e8m0 else b_scale.contiguous(),
         *(partial, m, n, k, steps, b_scale.shape[-1], is_e8m0, bm, bn, DEPTH),
-        num_warps=8 if bm == 128 else 4,
+        num_warps=4,
         num_stages=3,
     )
     return _joined(partial, out)
@@ -90,7 +90,7 @@ def fp8_gemm(
 
 @triton.jit
 def _bf16_gemm(
-    a, b, out, m, n, k, steps,
+    a, b, out, m, n, k, steps, one,
     IS_EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """As `_fp8_gemm`, of bf16 without scales into fp32.
@@ -114,7 +114,7 @@ def _bf16_gemm(
             inside = step * BK + each < k
             w = tl.load(w_at + step * BK, is_col[:, None] & inside[None, :], 0.0)
             x = tl.load(x_at + step * BK, is_row[None, :] & inside[:, None], 0.0)
-        acc += tl.dot(w, x)
+        acc += tl.dot(w, x) * one  # without it Triton makes one long sum of all products
     at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
     tl.store(at, acc, is_row[None, :] & is_col[:, None])
 
@@ -126,8 +126,8 @@ def bf16_gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     bm, bn, parts, steps = _split(m, n, triton.cdiv(k, DEPTH), a.device)
     partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
     _bf16_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
-        *(a.contiguous(), b, partial, m, n, k, steps, k % DEPTH == 0, bm, bn, DEPTH),
-        num_warps=8 if bm == 128 else 4,
+        *(a.contiguous(), b, partial, m, n, k, steps, 1.0, k % DEPTH == 0, bm, bn, DEPTH),
+        num_warps=4,
         num_stages=3,
     )
     return _joined(partial, out)
@@ -138,10 +138,10 @@ def _split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, 
 
     So few columns do not keep the device busy: parts of the depth are summed apart.
     """
-    bm = min(128, max(16, triton.next_power_of_2(m)))
+    bm = min(64, max(16, triton.next_power_of_2(m)))
     bn = 64 if bm < 64 else 128
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
-    parts = min(depth, max(1, 2 * n_processors(device) // tiles)) if bm < 128 else 1
+    parts = min(depth, max(1, 2 * n_processors(device) // tiles))
     steps = triton.cdiv(depth, parts)
     return bm, bn, triton.cdiv(depth, steps), steps
 
@@ -189,9 +189,12 @@ def _widen(x, x_scale, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def _grouped_fp4(
     x, weight, weight_scale, out, tile_expert, tile_row, tile_end, n, k,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    IS_LEFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Tile [BN, BM] of one expert's product, transposed; a weight times its scale is bf16."""
+    """Tile of one expert's product; IS_LEFT: its transpose, with the weight on the left.
+
+    A weight times its scale is exact in bf16.
+    """
     tile = tl.program_id(1)
     begin, end = tl.load(tile_row + tile), tl.load(tile_end + tile)
     if begin < end:
@@ -201,28 +204,33 @@ def _grouped_fp4(
         is_row, is_col = row < end, col < n
         b_row = expert * n + col
         each, half, group = tl.arange(0, BK), tl.arange(0, BK // 2), tl.arange(0, BK // 32)
-        x_at = x + row.to(tl.int64)[None, :] * k + each[:, None]
         w_at = weight + b_row[:, None] * (k // 2) + half[None, :]
         s_at = weight_scale + b_row[:, None] * (k // 32) + group[None, :]
-        acc = tl.zeros((BN, BM), tl.float32)
-        # Triton loads the weight ahead by itself; the others are loaded a step ahead here.
-        scale = tl.load(s_at, is_col[:, None], 0)
-        rows = tl.load(x_at, is_row[None, :], 0.0)
-        for step in range(0, k // BK):
-            w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
-            more = step + 1 < k // BK
-            next_scale = tl.load(s_at + (step + 1) * (BK // 32), is_col[:, None] & more, 0)
-            next_rows = tl.load(x_at + (step + 1) * BK, is_row[None, :] & more, 0.0)
-            acc = tl.dot_scaled(w, scale, FP4, rows, None, BF16, acc, fast_math=True)
-            scale, rows = next_scale, next_rows
-        at = out + row.to(tl.int64)[None, :] * n + col[:, None]
-        tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
+        if IS_LEFT:
+            x_at = x + row.to(tl.int64)[None, :] * k + each[:, None]
+            acc = tl.zeros((BN, BM), tl.float32)
+            for step in range(0, k // BK):
+                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
+                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
+                rows = tl.load(x_at + step * BK, is_row[None, :], 0.0)
+                acc = tl.dot_scaled(w, scale, FP4, rows, None, BF16, acc, fast_math=True)
+            at = out + row.to(tl.int64)[None, :] * n + col[:, None]
+            tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
+        else:
+            x_at = x + row.to(tl.int64)[:, None] * k + each[None, :]
+            acc = tl.zeros((BM, BN), tl.float32)
+            for step in range(0, k // BK):
+                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
+                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
+                rows = tl.load(x_at + step * BK, is_row[:, None], 0.0)
+                acc = tl.dot_scaled(rows, None, BF16, tl.trans(w), scale, FP4, acc, fast_math=True)
+            at = out + row.to(tl.int64)[:, None] * n + col[None, :]
+            tl.store(at, acc.to(out.dtype.element_ty), is_row[:, None] & is_col[None, :])
 
 
-def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int]:
-    """Return a tile's rows and columns and its warps, by the rows an expert has on average."""
-    mean = n_rows / n_experts
-    return (16, 64, 4) if mean <= 16 else (64, 128, 4) if mean <= 64 else (128, 128, 8)
+def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int, bool]:
+    """Return a tile's rows, columns and depth, its warps, and whether weights are on the left."""
+    return (16, 64, 128, 2, True) if n_rows <= 16 * n_experts else (128, 128, 64, 8, False)
 
 
 def grouped_gemm(
@@ -240,7 +248,7 @@ def grouped_gemm(
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if not m:
         return out
-    bm, bn, warps = _tile(m, n_experts)
+    bm, bn, bk, warps, is_left = _tile(m, n_experts)
     wide = torch.empty(m, k, dtype=torch.bfloat16, device=x.device)
     n_groups, groups = m * k // DEPTH, 16
     _widen[(triton.cdiv(n_groups, groups),)](
@@ -257,7 +265,7 @@ def grouped_gemm(
         wide,
         weight.contiguous().view(torch.uint8),
         weight_scale.contiguous().view(torch.uint8),
-        *(out, expert, row, end, n, k, bm, bn, DEPTH),
+        *(out, expert, row, end, n, k, is_left, bm, bn, bk),
         num_warps=warps,
         num_stages=3,
     )

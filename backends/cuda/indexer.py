@@ -10,8 +10,8 @@ from v4_ascend.backends.cuda.ragged import position_of, request_of
 from v4_ascend.backends.triton.paged import CODES, load_rows, slots_of
 from v4_ascend.backends.triton.quant import e8m0_to_float
 
-ROWS = 128  # of a tile
-TILES = 4  # of a program
+ROWS = 64  # of a tile
+TILES = 8  # of a program
 MAX_SCORES = 1 << 26  # held at once: 128 MiB
 CHUNK = 16384  # scores that a program holds in registers
 
