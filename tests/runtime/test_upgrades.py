@@ -87,7 +87,8 @@ def test_a_dry_run_says_what_would_be_restarted_and_starts_nothing(box):
     assert box.processes() == before
 
 
-def test_a_shadow_that_fails_its_canary_changes_nothing(box):
+@pytest.fixture(scope="module")
+def damaged(box):
     """One tensor of the new checkpoint is damaged; the reference was recorded of the whole one."""
     ids, reference, damaged = (box.folder / n for n in ("ids", "reference", "damaged"))
     save_file({"input_ids": torch.arange(40).view(1, 40)}, ids)
@@ -98,10 +99,14 @@ def test_a_shadow_that_fails_its_canary_changes_nothing(box):
     file = next(f for f in damaged.glob("*.safetensors") if "norm.weight" in load_file(f))
     tensors = load_file(file)
     save_file(tensors | {"norm.weight": 2 * tensors["norm.weight"]}, file, {"format": "pt"})
+    return f"model.checkpoint={damaged}", f"model.reference={reference}"
+
+
+def test_a_shadow_that_fails_its_canary_changes_nothing(box, damaged):
     before = box.processes()
-    done = deploy(box, f"model.checkpoint={damaged}", f"model.reference={reference}")
+    done = deploy(box, *damaged)
     assert done.returncode == 6, done.stderr
-    assert f"canary: not as {reference}: " in done.stderr
+    assert f"canary: not as {box.folder / 'reference'}: " in done.stderr
     wait_for(lambda: box.processes() == before)
     assert [row["state"] for row in box.status()] == ["ready"]
     assert stream(box, 2, 5) == "length"
@@ -146,6 +151,15 @@ def test_downtime_lets_running_requests_finish_and_says_how_long_it_was(box):
         assert (done.returncode, running.result()) == (0, "length"), done.stderr
     assert f"stopping pid {old}" in done.stderr
     assert "was down for " in done.stderr
+    assert "max_model_len is 900" in refused_length(box)
+
+
+def test_a_stop_that_led_nowhere_goes_back_to_what_served(box, damaged):
+    done = deploy(box, *damaged, options=("--detach", "--replace", "downtime"))
+    assert done.returncode == 6, done.stderr
+    assert f"canary: not as {box.folder / 'reference'}: " in done.stderr
+    assert "laptop: gone back: ready: " in done.stderr
+    assert [row["state"] for row in box.status()] == ["ready"]
     assert "max_model_len is 900" in refused_length(box)
 
 
