@@ -16,9 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from explain_plan import two_hosts
 
 from v4_ascend.config.topology import ParallelConfig
-from v4_ascend.deploy import control
 from v4_ascend.deploy.deployment import Deployment
-from v4_ascend.deploy.replacement import Shadow, find_running, replace_stopped
+from v4_ascend.deploy.replacement import (
+    Shadow,
+    Successor,
+    find_running,
+    replace_stopped,
+    wait_until_alone,
+)
 from v4_ascend.deploy.room import Room
 from v4_ascend.deploy.state import vacant
 from v4_ascend.supernode.plan import Rank
@@ -88,16 +93,13 @@ def main():
 
     stand_ins()
     if kill:
-        from v4_ascend.deploy import replacement
-
-        kill_at(kill[0], (Shadow if how == "shadow" else replacement.Successor, Deployment))
+        kill_at(kill[0], (Shadow if how == "shadow" else Successor, Deployment))
     if how == "start":
         Deployment(plan, report, 5.0, vacant(name)).run(20)
         return
     running = find_running(plan)
-    if how == "settings":
-        control.ask(running.supervisor, control.Settings(plan.model_dump_json()))
-    elif how == "shadow":
+    wait_until_alone(running, 20, report)
+    if how == "shadow":
         Shadow(Room(plan, True, "", True), report, 5.0, running.supervisor).run(20)
     else:
         replace_stopped(plan, report, 5.0, 20, running)

@@ -61,6 +61,7 @@ class Application:
             "plan": self.plan.digest,
             "concurrency": self.plan.max_batch_size,
             "keys": self.plan.api_keys,
+            "n": self.dispatcher.n + 1,
         }
         parts, status = 1, 503 if self.dispatcher.is_draining else 200
         if scope["path"] == "/slow":

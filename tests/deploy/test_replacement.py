@@ -14,7 +14,7 @@ import httpx
 import pytest
 from replacement_drill import STEPS, plan_of
 
-from v4_ascend.deploy.replacement import find_running
+from v4_ascend.deploy.replacement import change_settings, find_running
 from v4_ascend.deploy.state import OTHER, find, generations, lost
 from v4_ascend.errors import DeployError
 
@@ -143,6 +143,22 @@ def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench
     assert bench.left() == []
 
 
+@pytest.mark.slow
+def test_the_next_one_waits_for_the_one_that_finishes(bench):
+    old = bench.serve("start", 4)
+    slow = []
+    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?40", timeout=20).text))
+    reader.start()
+    wait_for(lambda: httpx.get(bench.url).json()["n"] > 1)
+    bench.serve("shadow", 2)
+    third = bench.serve("shadow", 3)
+    assert f"waiting for pid {old.pid}, which was replaced" in third.log.read_text()
+    reader.join()
+    assert len(slow[0].splitlines()) == 40
+    assert bench.concurrency() == 3
+    assert find("here").folder == str(folders("here")[0])
+
+
 def test_a_shadow_whose_canary_fails_leaves_the_old_one_serving(bench):
     old = bench.serve("start", 4)
     clients = Clients(bench.url)
@@ -161,8 +177,6 @@ def test_settings_of_the_front_are_changed_where_they_are(bench):
     plan = plan_of("here", bench.port, "whole", 4).model_copy(update={"api_keys": ("k",)})
     running = find_running(plan)
     assert running.scope.name == "FRONT"
-    from v4_ascend.deploy.replacement import change_settings
-
     change_settings(running, plan)
     assert httpx.get(bench.url).json()["keys"] == ["k"]
     assert find("here").digest == plan.digest

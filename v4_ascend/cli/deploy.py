@@ -132,6 +132,12 @@ def deploy_command(
         replacement.change_settings(running, plan)
         typer.echo(f"{plan.name}: in force; nothing was restarted")
         return
+
+    def report(line: str) -> None:
+        typer.echo(f"{plan.name}: {line}", err=True)
+
+    if running is not None:
+        replacement.wait_until_alone(running, timeout, report)
     if detach:
         switches = ["--replace", replace.value, *unlooked]
         _detach(topology, overrides, vacant(plan.name), options, switches)
@@ -141,10 +147,6 @@ def deploy_command(
 
     if not plan.emulated:
         find_backend(plan.backend, "runtime.backend").require()
-
-    def report(line: str) -> None:
-        typer.echo(f"{plan.name}: {line}", err=True)
-
     look = partial(_preflight, wanted, _again(topology), skip=skip_preflight)
     if running is None:
         look()

@@ -23,7 +23,7 @@ from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Report
 from v4_ascend.deploy.room import Room, find_room
 from v4_ascend.deploy.state import Supervisor, generations, vacant
 from v4_ascend.deploy.torchrun import hosts_of
-from v4_ascend.errors import DeployError, V4AscendError
+from v4_ascend.errors import DeadlineError, DeployError, V4AscendError
 from v4_ascend.supernode.plan import Plan
 from v4_ascend.supernode.planning import PoolPlan
 
@@ -69,12 +69,30 @@ def find_running(wanted: Plan) -> Running | None:
         )
     plan = Plan.read(Path(first.folder) / "plan.json")
     running = Running(first, plan, tuple(changes(plan, wanted, first.version)))
-    if others and running.scope is Scope.ALL:
+    coming = next((s for s in others if s.phase == "starting"), None)
+    if coming is not None and running.scope is Scope.ALL:
         raise DeployError(
-            f"{wanted.name}: pid {others[0].pid} is {others[0].phase} beside pid {first.pid} just "
-            f"now; again once it has, or v4-ascend down {wanted.name}"
+            f"{wanted.name}: pid {coming.pid} is starting beside pid {first.pid} just now; again "
+            f"once it has, or v4-ascend down {wanted.name}"
         )
     return running
+
+
+def wait_until_alone(running: Running, timeout_s: float, report: Report) -> None:
+    """Let one that was replaced before finish: there is no third folder.
+
+    Raises:
+        DeadlineError: it does not.
+    """
+    serving, deadline = running.supervisor, time.monotonic() + timeout_s
+    for other in generations(serving.name):
+        if other.pid == serving.pid:
+            continue
+        report(f"waiting for pid {other.pid}, which was replaced and finishes what it has")
+        while other.is_running():
+            if time.monotonic() > deadline:
+                raise DeadlineError(f"{serving.name}: pid {other.pid} has not in {timeout_s:g} s")
+            time.sleep(POLL_SECONDS)
 
 
 def change_settings(running: Running, wanted: Plan) -> None:
