@@ -95,14 +95,14 @@ def main():
     if kill:
         kill_at(kill[0], (Shadow if how == "shadow" else Successor, Deployment))
     if how == "start":
-        Deployment(plan, report, 5.0, vacant(name)).run(20)
+        Deployment(plan, report, 20.0, vacant(name)).run(20)
         return
     running = find_running(plan)
     wait_until_alone(running, 20, report)
     if how == "shadow":
-        Shadow(Room(plan, True, "", True), report, 5.0, running.supervisor).run(20)
+        Shadow(Room(plan, True, "", True), report, 20.0, running.supervisor).run(20)
     else:
-        replace_stopped(plan, report, 5.0, 20, running)
+        replace_stopped(plan, report, 20.0, 20, running)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from replacement_drill import STEPS, plan_of
 
 from v4_ascend.deploy.replacement import change_settings, find_running
-from v4_ascend.deploy.state import OTHER, find, generations, lost
+from v4_ascend.deploy.state import OTHER, find, folders, generations, lost
 from v4_ascend.errors import DeployError
 
 DRILL = Path(__file__).with_name("replacement_drill.py")
@@ -147,14 +147,14 @@ def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench
 def test_the_next_one_waits_for_the_one_that_finishes(bench):
     old = bench.serve("start", 4)
     slow = []
-    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?40", timeout=20).text))
+    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?120", timeout=60).text))
     reader.start()
     wait_for(lambda: httpx.get(bench.url).json()["n"] > 1)
     bench.serve("shadow", 2)
     third = bench.serve("shadow", 3)
     assert f"waiting for pid {old.pid}, which was replaced" in third.log.read_text()
     reader.join()
-    assert len(slow[0].splitlines()) == 40
+    assert len(slow[0].splitlines()) == 120
     assert bench.concurrency() == 3
     assert find("here").folder == str(folders("here")[0])
 
