@@ -79,16 +79,19 @@ class Bench:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def end(self):
+        for process in self.started:
+            process.kill()
+            process.wait()
+        wait_for(lambda: not self.left())
+
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / ("deep" * 20) / "state"))
     bench = Bench(tmp_path)
     yield bench
-    for process in bench.started:
-        process.kill()
-        process.wait()
-    wait_for(lambda: not bench.left(), seconds=30)
+    bench.end()
 
 
 class Clients:
@@ -225,17 +228,22 @@ def test_who_starts_or_replaces_is_not_disturbed(bench):
     wait_for(lambda: ": ready: " in shadow.log.read_text())
 
 
-SAMPLE = {("shadow", "before:_send_away"), ("downtime", "after:_stop_other")}  # the rest is slow
 POINTS = [(h, f"{w}:{s}") for h, steps in STEPS.items() for s in steps for w in ("before", "after")]
+SAMPLE = [("shadow", "before:_send_away"), ("downtime", "after:_stop_other")]
+SLOW = [("shadow", "after:_start_front"), ("shadow", "after:_take_over"),
+        ("downtime", "after:_take_address"), ("downtime", "before:_take_over")]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("how", "point"),
-    [pytest.param(*p, marks=[] if p in SAMPLE else pytest.mark.slow) for p in POINTS],
+    ("how", "point"), [*SAMPLE, *(pytest.param(*p, marks=pytest.mark.slow) for p in SLOW)]
 )
 def test_a_kill_at_any_step_leaves_what_status_down_and_the_next_deploy_understand(
     bench, how, point
 ):
+    killed_at(bench, how, point)  # all of them: all_kills.py
+
+
+def killed_at(bench, how, point):
     old = bench.serve("start", 4)
     new = bench.start(how, 2, kill=point)
     assert new.wait(timeout=60) == -signal.SIGKILL, new.log.read_text()

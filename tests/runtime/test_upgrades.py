@@ -112,15 +112,6 @@ def test_a_shadow_that_fails_its_canary_changes_nothing(box, damaged):
     assert stream(box, 2, 5) == "length"
 
 
-def test_no_room_is_refused_and_names_the_other_way(box):
-    before = box.processes()
-    done = deploy(box, "serve.max_model_len=1000", "serve.cache_tokens=4000000000")
-    assert done.returncode == 3, done.stderr
-    assert "no room beside what runs: localhost has " in done.stderr
-    assert "--replace downtime stops it first" in done.stderr
-    wait_for(lambda: box.processes() == before)
-
-
 def test_twenty_streams_go_on_while_another_plan_takes_the_address(box):
     (old,) = pids(box)
     of_old = set(box.processes())
