@@ -58,16 +58,19 @@ def whole(reference: str) -> Path:
     return _hub(reference).fetch(None) if is_remote(reference) else Path(reference)
 
 
-def pinned(reference: str) -> str:
-    """Return the reference with the revision that `whole` finds now, as every process must.
+def pinned(reference: str, *, with_weights: bool = True) -> str:
+    """Return the reference with the revision that is found now, as every process must.
+
+    All of it is fetched, as `whole` does, or `with_weights` False the configuration alone.
 
     Raises:
         CheckpointError: as `whole`.
     """
     if not reference.startswith("hf:"):
         return reference
+    found = whole(reference) if with_weights else configuration(reference)
     # The cache keeps each revision in a folder of its name.
-    return f"{reference.partition('@')[0]}@{whole(reference).name}"
+    return f"{reference.partition('@')[0]}@{found.name}"
 
 
 def configuration(reference: str) -> Path:

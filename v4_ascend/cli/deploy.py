@@ -113,7 +113,7 @@ def deploy_command(
         wanted = _stand_in(wanted, emulate, is_told=not detach)
     require_supported(wanted)
     # Every process is to read the revision that is looked at here.
-    wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint))
+    wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint, with_weights=not dry_run))
     with reporter("fetching headers") as progress, headers(wanted.model.checkpoint, progress) as at:
         checkpoint = open_folder(at)
         checkpoint.require_complete()
