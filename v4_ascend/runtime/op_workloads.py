@@ -103,9 +103,9 @@ class Maker:
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Integers in [low, high)."""
-        return torch.randint(
-            low, high, shape, generator=self._generator, device=self.device
-        ).to(dtype)
+        return torch.randint(low, high, shape, generator=self._generator, device=self.device).to(
+            dtype
+        )
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """Values in [0, 1)."""
@@ -141,7 +141,7 @@ class Maker:
     def cache(
         self, batch: int, n_rows: int, block_rows: int, width: int, record: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filled storage for `batch` sequences of `n_rows`, their blocks shuffled, and its table."""
+        """Filled storage for `batch` sequences of `n_rows`, its blocks shuffled, and its table."""
         blocks = n_rows // block_rows + 1
         storage = RECORDS[record].new_storage(batch * blocks, block_rows, width, self.device)
         total, piece = batch * blocks * block_rows, 1 << 18
@@ -172,7 +172,7 @@ def _streams(c: ModelConfig, work: Workload, make: Maker) -> Iterator[Call]:
     nbytes = hc * x + x + n_mixes * flat * 4
     yield Call("hc_pre", "", partial(_hc_pre, c, n, make), nbytes, mixing)
     yield Call("hc_post", "", partial(_hc_post, c, n, make), x + 2 * hc * x)
-    yield Call("rms_norm", "", partial(_rms_norm, c, n, make), 2 * x)
+    yield Call("rms_norm", "", partial(_rms_norm, c, n, make), 2 * x + c.dim * 4)
     quant = partial(_quant, c, n, make)
     yield Call("act_quant", "", quant, n * c.dim * (2 + 1 + 1 / 128))
 
@@ -317,9 +317,7 @@ def _attend(
     end = work.context + work.tokens
     window, ring = make.cache(work.batch, work.tokens + 2 * BLOCK, BLOCK, c.head_dim, record)
     turns = torch.arange(end // BLOCK + 1, device=make.device) % ring.shape[1]
-    rows, table = make.cache(
-        work.batch, end // ratio, max(BLOCK // ratio, 1), c.head_dim, record
-    )
+    rows, table = make.cache(work.batch, end // ratio, max(BLOCK // ratio, 1), c.head_dim, record)
     # Of rows that are no more than topk none are named.
     names = _chosen(make, work, topk) if topk is not None and end // ratio > topk else None
     return make.lengths(work) | {
@@ -377,7 +375,7 @@ def _product(m: int, n: int, k: int, make: Maker) -> dict[str, Any]:
 def _experts(c: ModelConfig, work: Workload, make: Maker) -> Iterator[Call]:
     n_experts, topk, inter = c.n_routed_experts, c.n_activated_experts, c.moe_inter_dim
     gate = partial(_gate, c, work.n, make)
-    yield Call("topk_gate", "", gate, work.n * (n_experts * 4 + topk * 12))
+    yield Call("topk_gate", "", gate, work.n * (n_experts * 4 + topk * 12) + n_experts * 4)
     n_rows = work.n * topk
     touched = n_experts * (1 - (1 - topk / n_experts) ** work.n)
     for what, n, k in (("w1 and w3", 2 * inter, c.dim), ("w2", c.dim, inter)):
