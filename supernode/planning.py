@@ -307,11 +307,10 @@ def _require_drafter(t: Topology, config: ModelConfig, plan: Plan, profile: Devi
             f"serve.n_draft_tokens: {n}; the checkpoint's drafter guesses "
             f"{config.dspark.block_size} at once",
         )
-    if p.pp_size > 1 or p.cp_size > 1:
+    if p.cp_size > 1:
         raise NotYetError(
             where,
-            f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; "
-            "pp_size and cp_size must be 1",
+            f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; cp_size must be 1",
         )
     is_vendors = profile.records.kv == "fp8_640" and plan.kernels == "fast"
     if config.dspark is not None and is_vendors and plan.fallback == "error":

@@ -1,6 +1,7 @@
 """Whatever the scheduler does with caches, answers are those each request gets alone."""
 
 import math
+from collections import deque
 from dataclasses import replace as changed
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from layouts import make_plan, write_tiny
 from msgspec.structs import replace
 
+from v4_ascend.model.dspark import Targets
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
@@ -46,10 +48,10 @@ def engine(checkpoint, n_drafts):
         yield loaded
 
 
-def plan(checkpoint, n_drafts, **changes):
+def plan(checkpoint, n_drafts, layout=None, **changes):
     return make_plan(
         checkpoint,
-        {},
+        layout or {},
         kernels="reference",
         max_model_len=LENGTH,
         max_batch_size=3,
@@ -61,17 +63,21 @@ def plan(checkpoint, n_drafts, **changes):
     ).model_copy(update=changes)
 
 
-def drive(engine, limits, requests, guess=lambda sampled, n: sampled.drafts):
-    """Serve requests to their end; return their tokens and the scheduler.
+def drive(stages, limits, requests, guess=lambda sampled, n: sampled.drafts):
+    """Serve requests to their end by the engines of all stages; return tokens and the scheduler.
 
-    `guess` may replace the drafter's, of the tokens behind the first `n`.
+    `guess` may replace the drafter's, of the tokens behind the first `n`. There are as many steps
+    in flight as stages: a step is laid out before the results of those before it are known.
     """
-    scheduler = Scheduler(limits, eos_id=-1)
+    scheduler = Scheduler(limits, eos_id=-1, n_in_flight=len(stages))
     tokens = {r.id: [] for r in requests}
     for r in requests:
         scheduler.add(r)
-    while (step := scheduler.next_step()) is not None:
-        result, n = engine.step(step), {}
+    flying = deque()
+    while scheduler.n_requests:
+        while (step := scheduler.next_step()) is not None:
+            flying.append([stage.step(step) for stage in stages][-1])
+        result, n = flying.popleft(), {}
         for i, sampled in enumerate(result.sampled):
             n[sampled.request] = n.get(sampled.request, len(tokens[sampled.request])) + 1
             result.sampled[i] = replace(sampled, drafts=guess(sampled, n[sampled.request]))
@@ -107,23 +113,28 @@ def ruled(n_prompt):
     return Rules(n_prompt, presence_penalty=3.0, frequency_penalty=7.0, logit_bias=liked)
 
 
+SCHEDULES = st.lists(
+    st.tuples(
+        st.integers(0, 1),
+        st.sampled_from([0, 100, 256, 300]),
+        st.integers(1, 60),
+        st.integers(1, 8),
+        st.booleans(),
+    ),
+    min_size=3,
+    max_size=4,
+)
+
+
 @settings(
     max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    shapes=st.lists(
-        st.tuples(
-            st.integers(0, 1),
-            st.sampled_from([0, 100, 256, 300]),
-            st.integers(1, 60),
-            st.integers(1, 8),
-            st.booleans(),
-        ),
-        min_size=3,
-        max_size=4,
-    )
-)
+@given(shapes=SCHEDULES)
 def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts, shapes):
+    check_answers(checkpoint, engine, [engine], n_drafts, shapes)
+
+
+def check_answers(checkpoint, engine, stages, n_drafts, shapes):
     """Batches, chunks, shared prefixes, rules, right and wrong drafts, and pages too few for all.
 
     The rules make every token depend on all that were drawn before it. Of one family of prompts
@@ -145,8 +156,9 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts,
     alone = {}
     for r in requests:
         poison(engine)
-        alone |= drive(engine, plainly, [r])[0]
-    poison(engine)
+        alone |= drive([engine], plainly, [r])[0]
+    for stage in stages:
+        poison(stage)
 
     def lucky(sampled, n):
         """What the drafter says, or now and then the truth; all of it, or less."""
@@ -155,7 +167,7 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts,
         guesses = [*truth, *sampled.drafts[len(truth) :]]
         return guesses[:n_all] if n % 4 else guesses
 
-    together, scheduler = drive(engine, limits, requests, lucky)
+    together, scheduler = drive(stages, limits, requests, lucky)
     assert together == alone
     if sum(r.max_tokens for r in requests) > 20:
         assert scheduler.counters.accepted
@@ -178,12 +190,12 @@ def test_trap_t51_prefixes_are_found_in_whole_pages_and_pages_are_given_up(
         for n in range(4)
     ]
     poison(engine)
-    together, scheduler = drive(engine, limits, requests)
+    together, scheduler = drive([engine], limits, requests)
     assert scheduler.counters.cached_tokens >= 2 * 256
     assert scheduler.counters.preempted >= 1
     poison(engine)
     plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
-    assert together[3] == drive(engine, plainly, [requests[3]])[0][3]
+    assert together[3] == drive([engine], plainly, [requests[3]])[0][3]
 
 
 def test_trap_t23_rejected_drafts_leave_nothing_in_caches_and_states(checkpoint, engine, n_drafts):
@@ -194,14 +206,14 @@ def test_trap_t23_rejected_drafts_leave_nothing_in_caches_and_states(checkpoint,
     request = Request(id=0, prompt_ids=ids, max_tokens=20, sampling=GREEDY)
     poison(engine)
     plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
-    alone = drive(engine, plainly, [request])[0]
+    alone = drive([engine], plainly, [request])[0]
     poison(engine)
 
     def wrong(sampled, n):
         truth = [*alone[0], 0, 0, 0, 0, 0][n : n + n_drafts]
         return [(t + 1) % config.vocab_size for t in truth]
 
-    got, scheduler = drive(engine, limits, [request], wrong)
+    got, scheduler = drive([engine], limits, [request], wrong)
     assert got == alone
     assert scheduler.counters.accepted == 0
     assert scheduler.counters.drafts >= 15  # not where a page ends
@@ -221,7 +233,7 @@ def test_trap_t50_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, en
 
     poison(engine)
     tokens, scheduler = drive(
-        engine, limits, [Request(id=0, prompt_ids=ids, max_tokens=9, sampling=GREEDY)], note
+        [engine], limits, [Request(id=0, prompt_ids=ids, max_tokens=9, sampling=GREEDY)], note
     )
     assert scheduler.counters.drafted >= 4
     whole = torch.tensor([*ids, *tokens[0]])
@@ -246,8 +258,9 @@ def one_ahead(model, cache, whole, n):
 
 
 def in_blocks(model, cache, whole, n):
-    batch, seen = cache.batch([Chunk(0, whole[:n].tolist(), 0)]), {}
-    model(batch, cache.layers, model.dspark.observer(seen))
-    model.dspark.take(seen, batch, cache.layers[model.config.n_layers :])
+    batch = cache.batch([Chunk(0, whole[:n].tolist(), 0)])
+    targets = Targets(model.config.dspark, model.shard.layers)
+    model(batch, cache.layers, targets.observe)
+    model.dspark.take(targets.seen, batch, cache.layers[model.config.n_layers :])
     block = cache.block([0], [n], [[int(whole[n]), *[500] * 4]])
     return model.draft_blocks(block, cache.layers).ids[0].tolist()

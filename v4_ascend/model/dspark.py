@@ -13,7 +13,7 @@ V4.1 takes the streams in front of its target layers, these models behind them (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,34 @@ from v4_ascend.model.linear import Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
 from v4_ascend.ops import rms_norm
+
+
+class Targets:
+    """Means of a step's streams behind the target layers, by layer: what the drafter is fed.
+
+    Stages hand on those of all layers so far, behind the streams: [n, hc_mult + n_targets, dim].
+    """
+
+    def __init__(self, dspark: DSparkConfig, layers: tuple[int, int]) -> None:
+        ids = dspark.target_layer_ids
+        self.before = [n for n in ids if n < layers[0]]
+        self._so_far = [n for n in ids if n < layers[1]]
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def observe(self, layer: int, x: torch.Tensor) -> None:
+        """See what leaves a layer here."""
+        if layer in self._so_far:
+            self.seen[layer] = x.mean(1)
+
+    def unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        """Keep what the stage before has handed on; return the streams."""
+        n = x.shape[1] - len(self.before)
+        self.seen = dict(zip(self.before, x[:, n:].unbind(1), strict=True))
+        return x[:, :n].contiguous()
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the streams and what is handed on with them."""
+        return torch.cat((x, *(self.seen[n].unsqueeze(1) for n in self._so_far)), dim=1)
 
 
 @dataclass(frozen=True)
@@ -99,15 +127,6 @@ class DSpark:
             config=config,
             dspark=dspark,
         )
-
-    def observer(self, seen: dict[int, torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
-        """Return what keeps of the streams behind each target layer their mean, by layer."""
-
-        def observe(layer: int, x: torch.Tensor) -> None:
-            if layer in self.dspark.target_layer_ids:
-                seen[layer] = x.mean(1)
-
-        return observe
 
     def take(
         self, seen: Mapping[int, torch.Tensor], batch: Batch, caches: Sequence[LayerCache]

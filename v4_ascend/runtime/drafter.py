@@ -11,17 +11,15 @@ from typing import Protocol
 import torch
 
 from v4_ascend.model.batch import Batch
-from v4_ascend.model.dspark import DSpark
-from v4_ascend.model.transformer import Observer, Transformer
+from v4_ascend.model.dspark import DSpark, Targets
+from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import Group
 from v4_ascend.runtime.kv_cache import KVCache
 from v4_ascend.runtime.messages import Sampled, SequenceStep
 
 
 class Drafter(Protocol):
-    """Runs behind the network; `observe` sees its layers' streams, if it is to."""
-
-    observe: Observer | None
+    """Runs behind the network, on its last stage."""
 
     def __call__(
         self,
@@ -34,18 +32,21 @@ class Drafter(Protocol):
 
 
 def drafter_of(
-    model: Transformer, cache: KVCache, first_slot: int, n_drafts: int, min_confidence: float
+    model: Transformer,
+    cache: KVCache,
+    targets: Targets | None,
+    first_slot: int,
+    n_drafts: int,
+    min_confidence: float,
 ) -> Drafter | None:
     """Return the drafter a model was read with. Of this DP group's slots `first_slot` is 0."""
-    if model.dspark is not None:
-        return Blocks(model, model.dspark, cache, first_slot, n_drafts, min_confidence)
+    if model.dspark is not None and targets is not None:
+        return Blocks(model, model.dspark, cache, targets, first_slot, n_drafts, min_confidence)
     return OneAhead(model, cache) if model.mtp else None
 
 
 class OneAhead:
     """The MTP module: one guess."""
-
-    observe: Observer | None = None
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._model, self._cache = model, cache
@@ -88,15 +89,14 @@ class Blocks:
         model: Transformer,
         dspark: DSpark,
         cache: KVCache,
+        targets: Targets,
         first_slot: int,
         n_drafts: int,
         min_confidence: float,
     ) -> None:
         self._model, self._dspark, self._cache = model, dspark, cache
-        self._first_slot, self._n_drafts = first_slot, n_drafts
-        self._min_confidence = min_confidence
-        self._seen: dict[int, torch.Tensor] = {}
-        self.observe: Observer | None = dspark.observer(self._seen)
+        self._targets, self._first_slot = targets, first_slot
+        self._n_drafts, self._min_confidence = n_drafts, min_confidence
 
     def __call__(
         self,
@@ -106,10 +106,9 @@ class Blocks:
         streams: torch.Tensor,
     ) -> list[list[int]]:
         """See `Drafter`. A guess counts only with all before it, and so does its chance."""
-        stages = self._cache.layers[self._model.config.n_layers :]
         if batch is not None:
-            self._dspark.take(self._seen, batch, stages)
-        self._seen.clear()
+            stages = self._cache.layers[len(self._model.layers) :]
+            self._dspark.take(self._targets.seen, batch, stages)
         drawing = [(s, _known(t)) for s, t in zip(mine, drawn, strict=True) if s.sampling]
         if not drawing:
             self._model.draft_blocks(None, self._cache.layers)

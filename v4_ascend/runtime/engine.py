@@ -14,6 +14,7 @@ from v4_ascend.checkpoint.sources import whole
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
+from v4_ascend.model.dspark import Targets
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import gathered, span_of
 from v4_ascend.model.transformer import Observer, Transformer
@@ -76,7 +77,9 @@ class Engine:
             n_drafts=n_drafts,
         )
         first = self.groups.dp_rank * max_batch_size
-        self.drafter = drafter_of(model, self.cache, first, n_drafts, min_confidence)
+        dspark = model.config.dspark
+        self.targets = Targets(dspark, model.shard.layers) if dspark and n_drafts else None
+        self.drafter = drafter_of(model, self.cache, self.targets, first, n_drafts, min_confidence)
 
     @classmethod
     def load(
@@ -156,14 +159,13 @@ class Engine:
             self.cache.place(s.slot - first, s.first_page, s.pages)
             if s.restore is not None:
                 self.cache.restore(s.slot - first, s.start, s.restore)
-        drafter = self.drafter if step.drafts else None
-        if step.drafts and drafter is None:
+        if step.drafts and self.drafter is None and self.model.head is not None:
             raise ValueError("the model was read without its drafter")
         chunks = [Chunk(s.slot - first, s.token_ids, s.start) for s in mine]
-        batch, streams = self._forward(chunks, drafter.observe if drafter else None)
+        batch, streams = self._forward(chunks, targets=self.targets if step.drafts else None)
         drawn = self._draw(mine, batch, streams) if batch is not None else []
-        if drafter is not None:
-            guesses = drafter(mine, drawn, batch, streams)
+        if step.drafts and self.drafter is not None:
+            guesses = self.drafter(mine, drawn, batch, streams)
             for tokens, ids in zip([t for t in drawn if t], guesses, strict=self.answers):
                 tokens[-1] = replace(tokens[-1], drafts=ids)
         for s in mine:
@@ -214,9 +216,15 @@ class Engine:
         return gathered(self.model.logits(streams), batch.n_tokens, self.model.shard.cp)
 
     def _forward(
-        self, chunks: Sequence[Chunk], observe: Observer | None = None
+        self,
+        chunks: Sequence[Chunk],
+        observe: Observer | None = None,
+        targets: Targets | None = None,
     ) -> tuple[Batch | None, torch.Tensor]:
-        """Run this stage: from the tokens or the stage before, on to the stage behind."""
+        """Run this stage: from the tokens or the stage before, on to the stage behind.
+
+        `targets` see the streams too, and travel with them.
+        """
         groups, model = self.groups, self.model
         batch = self.cache.batch(chunks) if chunks else None
         n_own = 0
@@ -226,18 +234,20 @@ class Engine:
         streams = None
         if groups.previous is not None:
             c = self.config
-            streams = model.no_streams()
-            if n_own:
-                shape = (n_own, c.hc_mult, c.dim)
-                streams = groups.receive(shape, model.numerics.dtype, self.device)
+            n = c.hc_mult + (len(targets.before) if targets is not None else 0)
+            streams = groups.receive((n_own, n, c.dim), model.numerics.dtype, self.device)
+            if targets is not None:
+                streams = targets.unpacked(streams)
+        if targets is not None:
+            observe = targets.observe
         x = model(batch, self.cache.layers, observe, streams=streams)
         if not bool(x.isfinite().all()):
             raise ParityError(
                 f"rank {groups.rank}: step {groups.flight.step}: layers {model.shard.layers[0]} to "
                 f"{model.shard.layers[1] - 1} made values that are not finite"
             )
-        if groups.following is not None and n_own:
-            self._send(x)
+        if groups.following is not None:
+            self._send(targets.packed(x) if targets is not None else x)
         return batch, x
 
     def _send(self, x: torch.Tensor) -> None:

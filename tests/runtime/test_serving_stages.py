@@ -1,0 +1,111 @@
+"""Drafts over the stages of a pipeline: the answers of one process, with steps in flight."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from layouts import write_tiny
+from test_serving import (
+    DRAFTERS,
+    GREEDY,
+    SCHEDULES,
+    check_answers,
+    drive,
+    plan,
+    poison,
+    prompt,
+)
+
+from v4_ascend.ops import Solo, use_policy
+from v4_ascend.runtime.comm import Groups
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.limits import limits_of
+from v4_ascend.runtime.sequence import Request
+
+N_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Piped(Groups):
+    """A stage of one process: what is sent lies in a queue until it is received."""
+
+    pipe: deque = field(default_factory=deque)
+
+    def send(self, x):
+        self.pipe.append(x.clone())
+
+    def receive(self, shape, dtype, device):
+        x = self.pipe.popleft()
+        assert (tuple(x.shape), x.dtype) == (shape, dtype)
+        return x
+
+
+@pytest.fixture(scope="module", params=DRAFTERS)
+def preset(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, preset):
+    return write_tiny(tmp_path_factory.mktemp(preset) / "checkpoint", preset=preset)
+
+
+@pytest.fixture(scope="module")
+def stages(checkpoint, preset):
+    """Of DSpark's target layers one is in front of the last stage: its means travel."""
+    staged, pipe = plan(checkpoint, DRAFTERS[preset], {"pp_size": N_STAGES}), deque()
+
+    def stage(rank):
+        previous = rank - 1 if rank else None
+        following = rank + 1 if rank < N_STAGES - 1 else None
+        groups = Piped(rank, 0, Solo(), Solo(), Solo(), Flight(), previous, following, pipe)
+        return Engine.load(staged, lambda done, total: None, groups)
+
+    return [stage(rank) for rank in range(N_STAGES)]
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, preset):
+    with use_policy(kernels="reference"):
+        yield Engine.load(plan(checkpoint, DRAFTERS[preset]), lambda done, total: None)
+
+
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(shapes=SCHEDULES)
+def test_answers_are_those_each_request_gets_alone_of_one_process(
+    checkpoint, engine, stages, preset, shapes
+):
+    check_answers(checkpoint, engine, stages, DRAFTERS[preset], shapes)
+
+
+def test_guesses_are_those_of_one_process(checkpoint, engine, stages, preset):
+    limits = limits_of(plan(checkpoint, DRAFTERS[preset]), engine.config)
+    requests = [
+        Request(
+            id=n,
+            prompt_ids=prompt(n, 0, n, 90 + 80 * n, engine.config.vocab_size),
+            max_tokens=8,
+            sampling=GREEDY,
+        )
+        for n in range(3)
+    ]
+
+    def guesses(served):
+        seen = {}
+
+        def note(sampled, n):
+            if sampled.drafts:
+                seen[sampled.request, n] = sampled.drafts
+            return sampled.drafts
+
+        for stage in served:
+            poison(stage)
+        return drive(served, limits, requests, note)[0], seen
+
+    tokens, seen = guesses(stages)
+    assert len(seen) >= 3 * 5
+    assert (tokens, seen) == guesses([engine])
