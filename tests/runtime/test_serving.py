@@ -1,28 +1,31 @@
 """Whatever the scheduler does with caches, answers are those each request gets alone."""
 
 import math
-from collections import deque
 from dataclasses import replace as changed
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layouts import make_plan, write_tiny
-from msgspec.structs import replace
+from layouts import write_tiny
+from served import (
+    DRAFTERS,
+    GREEDY,
+    LENGTH,
+    drive,
+    lucky,
+    plan,
+    poison,
+    prompt,
+    requests_of,
+)
 
 from v4_ascend.model.dspark import Targets
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.limits import limits_of
-from v4_ascend.runtime.messages import Rules, Sampling
-from v4_ascend.runtime.scheduler import Scheduler
 from v4_ascend.runtime.sequence import Request
-
-LENGTH = 1024
-GREEDY = Sampling(0.0, 1.0, 0)
-DRAFTERS = {"tiny": 1, "tiny-dspark": 5}
 
 
 @pytest.fixture(scope="module", params=DRAFTERS)
@@ -48,71 +51,6 @@ def engine(checkpoint, n_drafts):
         yield loaded
 
 
-def plan(checkpoint, n_drafts, layout=None, **changes):
-    return make_plan(
-        checkpoint,
-        layout or {},
-        kernels="reference",
-        max_model_len=LENGTH,
-        max_batch_size=3,
-        max_chunk=160,
-        cache_tokens=2 * LENGTH,
-        prefix_snapshots=3,
-        n_draft_tokens=n_drafts,
-        min_draft_confidence=0.0,
-    ).model_copy(update=changes)
-
-
-def drive(stages, limits, requests, guess=lambda sampled, n: sampled.drafts):
-    """Serve requests to their end by the engines of all stages; return tokens and the scheduler.
-
-    `guess` may replace the drafter's, of the tokens behind the first `n`. There are as many steps
-    in flight as stages: a step is laid out before the results of those before it are known.
-    """
-    scheduler = Scheduler(limits, eos_id=-1, n_in_flight=len(stages))
-    tokens = {r.id: [] for r in requests}
-    for r in requests:
-        scheduler.add(r)
-    flying = deque()
-    while scheduler.n_requests:
-        while (step := scheduler.next_step()) is not None:
-            flying.append([stage.step(step) for stage in stages][-1])
-        result, n = flying.popleft(), {}
-        for i, sampled in enumerate(result.sampled):
-            n[sampled.request] = n.get(sampled.request, len(tokens[sampled.request])) + 1
-            result.sampled[i] = replace(sampled, drafts=guess(sampled, n[sampled.request]))
-        for token in scheduler.apply(result):
-            tokens[token.request].append(token.sampled.token_id)
-    return tokens, scheduler
-
-
-def poison(engine):
-    """Leave nothing in the caches that could be read by mistake and be right by chance."""
-    engine.sampler._shapers.clear()  # no deployment has a request's number twice; these tests do
-    for cache in engine.cache.layers:
-        for storage in (
-            cache.window,
-            cache.compressed,
-            cache.state,
-            cache.index,
-            cache.index_state,
-        ):
-            if storage is not None:
-                storage.fill_(float("nan") if storage.is_floating_point() else 0)
-
-
-def prompt(family, n_shared, own, n_own, vocab):
-    g = torch.Generator().manual_seed(family)
-    shared = torch.randint(0, vocab, (n_shared,), generator=g).tolist()
-    g.manual_seed(1000 + own)
-    return shared + torch.randint(0, vocab, (n_own,), generator=g).tolist()
-
-
-def ruled(n_prompt):
-    liked = dict.fromkeys((7, 8, 9), 30.0)  # of random logits the most likely ones, at first
-    return Rules(n_prompt, presence_penalty=3.0, frequency_penalty=7.0, logit_bias=liked)
-
-
 SCHEDULES = st.lists(
     st.tuples(
         st.integers(0, 1),
@@ -135,23 +73,10 @@ def test_answers_are_those_each_request_gets_alone(checkpoint, engine, n_drafts,
 
 
 def check_answers(checkpoint, engine, stages, n_drafts, shapes):
-    """Batches, chunks, shared prefixes, rules, right and wrong drafts, and pages too few for all.
-
-    The rules make every token depend on all that were drawn before it. Of one family of prompts
-    tokens are drawn by chance.
-    """
+    """Batches, chunks, shared prefixes, rules, drafts right and wrong, pages too few for all."""
     config = engine.config
     limits = changed(limits_of(plan(checkpoint, n_drafts), config), min_acceptance=0.0)
-    requests = [
-        Request(
-            id=n,
-            prompt_ids=prompt(family, n_shared, n, n_own, config.vocab_size),
-            max_tokens=max_tokens,
-            sampling=Sampling(0.8, 0.9, n) if family else GREEDY,
-            rules=ruled(n_shared + n_own) if has_rules else None,
-        )
-        for n, (family, n_shared, n_own, max_tokens, has_rules) in enumerate(shapes)
-    ]
+    requests = requests_of(shapes, config.vocab_size)
     plainly = limits_of(plan(checkpoint, 0, prefix_snapshots=0), config)
     alone = {}
     for r in requests:
@@ -159,15 +84,7 @@ def check_answers(checkpoint, engine, stages, n_drafts, shapes):
         alone |= drive([engine], plainly, [r])[0]
     for stage in stages:
         poison(stage)
-
-    def lucky(sampled, n):
-        """What the drafter says, or now and then the truth; all of it, or less."""
-        n_right, n_all = (7 * n + 1) % (n_drafts + 1), (5 * n) % (n_drafts + 2)
-        truth = alone[sampled.request][n : n + n_right]
-        guesses = [*truth, *sampled.drafts[len(truth) :]]
-        return guesses[:n_all] if n % 4 else guesses
-
-    together, scheduler = drive(stages, limits, requests, lucky)
+    together, scheduler = drive(stages, limits, requests, lucky(alone, n_drafts))
     assert together == alone
     if sum(r.max_tokens for r in requests) > 20:
         assert scheduler.counters.accepted

@@ -6,16 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from layouts import write_tiny
-from test_serving import (
-    DRAFTERS,
-    GREEDY,
-    SCHEDULES,
-    check_answers,
-    drive,
-    plan,
-    poison,
-    prompt,
-)
+from served import DRAFTERS, GREEDY, drive, plan, poison, prompt
+from test_serving import SCHEDULES, check_answers
 
 from v4_ascend.ops import Solo, use_policy
 from v4_ascend.runtime.comm import Groups

@@ -1,0 +1,59 @@
+"""Drafts over real ranks and gloo: the answers of one process without them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from layouts import write_tiny
+from parallel_plans import launch
+from served import DRAFTERS, drive, plan, poison, requests_of
+
+from v4_ascend.ops import use_policy
+from v4_ascend.runtime.engine import Engine
+from v4_ascend.runtime.limits import limits_of
+
+SCRIPT = Path(__file__).with_name("serving_ranks.py")
+GRAMMAR = "start: /[a-z0-9]+( [a-z0-9]+)*/"
+# Of a family's prompts one begins as the other; the fourth waits for the third's pages.
+SHAPES = (
+    (0, 256, 7, 9, False),
+    (0, 256, 30, 9, True),
+    (1, 0, 45, 9, False),
+    (1, 300, 20, 9, True),
+    (0, 256, 50, 6, False),
+)
+LAYOUTS = {
+    "pp2": {"pp_size": 2},
+    "pp2-ep2": {"pp_size": 2, "dp_size": 2, "ep_size": 2},
+    "pp2-tp2-ep2": {"pp_size": 2, "tp_size": 2, "ep_size": 2},
+}
+
+
+@pytest.mark.parametrize("preset", DRAFTERS)
+def test_answers_are_those_of_one_process_without_drafts(tmp_path, preset):
+    checkpoint = write_tiny(tmp_path / "checkpoint", preset=preset)
+    plain = plan(checkpoint, 0, prefix_snapshots=0)
+    with use_policy(kernels="reference"):
+        engine = Engine.load(plain, lambda done, total: None)
+        truth = {}
+        for request in requests_of(SHAPES, engine.config.vocab_size, GRAMMAR):
+            poison(engine)
+            truth |= drive([engine], limits_of(plain, engine.config), [request])[0]
+    cases = {
+        name: {
+            "plan": plan(checkpoint, DRAFTERS[preset], layout).model_dump(mode="json"),
+            "store": str(tmp_path / f"{name}.store"),
+            "shapes": SHAPES,
+            "grammar": GRAMMAR,
+            "truth": truth,
+        }
+        for name, layout in LAYOUTS.items()
+    }
+    launch(SCRIPT, tmp_path, cases, 4)
+    for name in LAYOUTS:
+        found = json.loads((tmp_path / f"{name}-rank0.json").read_text())
+        assert {int(n): tokens for n, tokens in found["tokens"].items()} == truth, name
+        counters = found["counters"]
+        assert sum(counters["accepted_at"]) > 0, name
+        assert counters["drafted"] > sum(counters["accepted_at"]), name
+        assert counters["cached_tokens"] > 0, name
