@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from layouts import write_tiny
-from served import DRAFTERS, GREEDY, drive, plan, poison, prompt
+from served import DRAFTERS, GREEDY, LENGTH, drive, plan, poison, prompt
 from test_serving import SCHEDULES, check_answers
 
 from v4_ascend.ops import Solo, use_policy
@@ -65,7 +65,7 @@ def engine(checkpoint, preset):
 
 
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(shapes=SCHEDULES)
 def test_answers_are_those_each_request_gets_alone_of_one_process(
@@ -75,15 +75,16 @@ def test_answers_are_those_each_request_gets_alone_of_one_process(
 
 
 def test_guesses_are_those_of_one_process(checkpoint, engine, stages, preset):
-    limits = limits_of(plan(checkpoint, DRAFTERS[preset]), engine.config)
+    """Prefixes are found, requests sent back, and drafts go on after both."""
+    limits = limits_of(plan(checkpoint, DRAFTERS[preset], cache_tokens=LENGTH), engine.config)
     requests = [
         Request(
             id=n,
-            prompt_ids=prompt(n, 0, n, 90 + 80 * n, engine.config.vocab_size),
-            max_tokens=8,
+            prompt_ids=prompt(5, 300, n, 76, engine.config.vocab_size),  # 256 are found
+            max_tokens=12,
             sampling=GREEDY,
         )
-        for n in range(3)
+        for n in range(4)
     ]
 
     def guesses(served):
@@ -96,8 +97,11 @@ def test_guesses_are_those_of_one_process(checkpoint, engine, stages, preset):
 
         for stage in served:
             poison(stage)
-        return drive(served, limits, requests, note)[0], seen
+        tokens, scheduler = drive(served, limits, requests, note)
+        return tokens, seen, scheduler.counters
 
-    tokens, seen = guesses(stages)
-    assert len(seen) >= 3 * 5
-    assert (tokens, seen) == guesses([engine])
+    tokens, seen, counters = guesses(stages)
+    assert len(seen) >= 4 * 7
+    assert counters.cached_tokens >= 256
+    assert counters.preempted >= 1
+    assert (tokens, seen) == guesses([engine])[:2]
