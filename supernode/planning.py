@@ -295,8 +295,8 @@ def deploy_pool(topology: Topology, config: ModelConfig) -> tuple[Plan, PoolPlan
 
 
 def _require_drafter(t: Topology, config: ModelConfig, plan: Plan, profile: DeviceProfile) -> None:
-    """Refuse more drafts than the drafter makes, or one with this layout or on this device."""
-    where, n, p = t.where("serve.n_draft_tokens"), plan.n_draft_tokens, plan.parallel
+    """Refuse more drafts than the drafter makes, or one on a device that has no room for it."""
+    where, n = t.where("serve.n_draft_tokens"), plan.n_draft_tokens
     if config.dspark is None and n > 1:
         raise NotYetError(
             where, f"serve.n_draft_tokens: {n} tokens of an MTP module: not yet; it drafts one"
@@ -306,11 +306,6 @@ def _require_drafter(t: Topology, config: ModelConfig, plan: Plan, profile: Devi
             where,
             f"serve.n_draft_tokens: {n}; the checkpoint's drafter guesses "
             f"{config.dspark.block_size} at once",
-        )
-    if p.cp_size > 1:
-        raise NotYetError(
-            where,
-            f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; cp_size must be 1",
         )
     is_vendors = profile.records.kv == "fp8_640" and plan.kernels == "fast"
     if config.dspark is not None and is_vendors and plan.fallback == "error":

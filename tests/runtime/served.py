@@ -120,3 +120,15 @@ def lucky(truth, n_drafts):
         return guesses[:n_all] if n % 4 else guesses
 
     return guess
+
+
+class Noting:
+    """Guesses as another does, and keeps the drafter's own, by request and tokens before them."""
+
+    def __init__(self, guess=lambda sampled, n: sampled.drafts):
+        self._guess, self.seen = guess, {}
+
+    def __call__(self, sampled, n):
+        if sampled.drafts:
+            self.seen[sampled.request, n] = sampled.drafts
+        return self._guess(sampled, n)

@@ -24,7 +24,7 @@ from v4_ascend.runtime.messages import StepResult
 from v4_ascend.supernode.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1]))
-from served import drive, lucky, requests_of  # noqa: E402
+from served import Noting, drive, lucky, requests_of  # noqa: E402
 
 
 def whole(result):
@@ -47,16 +47,21 @@ def run(plan, rank, case):
             requests = requests_of(case["shapes"], engine.config.vocab_size, case["grammar"])
             truth = {int(n): tokens for n, tokens in case["truth"].items()}
             limits = changed(limits_of(plan, engine.config), min_acceptance=0.0)
+            noting = Noting(lucky(truth, plan.n_draft_tokens))
             tokens, scheduler = drive(
                 [engine],
                 limits,
                 requests,
-                lucky(truth, plan.n_draft_tokens),
+                noting,
                 n_in_flight=plan.parallel.pp_size,
                 n_groups=plan.parallel.dp_size,
                 whole=whole,
             )
-        return {"tokens": tokens, "counters": vars(scheduler.counters)}
+        return {
+            "tokens": tokens,
+            "guesses": [(*at, drafts) for at, drafts in noting.seen.items()],
+            "counters": vars(scheduler.counters),
+        }
 
 
 def main(folder, rank):

@@ -171,7 +171,7 @@ def test_trap_t50_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, en
 def one_ahead(model, cache, whole, n):
     batch = cache.batch([Chunk(0, whole[:n].tolist(), 0)])
     streams = model(batch, cache.layers)
-    return [int(model.draft(streams, whole[1 : n + 1], batch, cache.layers)[-1].argmax())]
+    return [int(model.draft(streams, whole[1 : n + 1], batch, cache.layers, [n - 1]).argmax())]
 
 
 def in_blocks(model, cache, whole, n):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from layouts import write_tiny
-from served import DRAFTERS, GREEDY, LENGTH, drive, plan, poison, prompt
+from served import DRAFTERS, GREEDY, LENGTH, Noting, drive, plan, poison, prompt
 from test_serving import SCHEDULES, check_answers
 
 from v4_ascend.ops import Solo, use_policy
@@ -88,17 +88,11 @@ def test_guesses_are_those_of_one_process(checkpoint, engine, stages, preset):
     ]
 
     def guesses(served):
-        seen = {}
-
-        def note(sampled, n):
-            if sampled.drafts:
-                seen[sampled.request, n] = sampled.drafts
-            return sampled.drafts
-
         for stage in served:
             poison(stage)
-        tokens, scheduler = drive(served, limits, requests, note)
-        return tokens, seen, scheduler.counters
+        noting = Noting()
+        tokens, scheduler = drive(served, limits, requests, noting)
+        return tokens, noting.seen, scheduler.counters
 
     tokens, seen, counters = guesses(stages)
     assert len(seen) >= 4 * 7

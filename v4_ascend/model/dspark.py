@@ -24,8 +24,8 @@ from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.block import Block, Head, Mixer
 from v4_ascend.model.linear import Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import Shard
-from v4_ascend.ops import rms_norm
+from v4_ascend.model.shard import Shard, gathered
+from v4_ascend.ops import Group, rms_norm
 
 
 class Targets:
@@ -90,6 +90,7 @@ class DSpark:
     confidence: torch.Tensor
     config: ModelConfig
     dspark: DSparkConfig
+    cp: Group
 
     @classmethod
     def read(
@@ -126,6 +127,7 @@ class DSpark:
             confidence=read_plain(source, f"{at}.confidence_head.proj", fp32),
             config=config,
             dspark=dspark,
+            cp=shard.cp,
         )
 
     def take(
@@ -133,31 +135,38 @@ class DSpark:
     ) -> None:
         """Write the keys of a step's tokens, prompts among them, to the stages' windows.
 
-        `seen` has the means [n_tokens, dim] behind the target layers; `caches` are the stages'.
+        `seen` has the means [n_own, dim] behind the target layers; `caches` are the stages'.
         """
         main = self.main_proj(torch.cat([seen[n] for n in self.dspark.target_layer_ids], dim=-1))
         main = rms_norm(main, self.main_norm, self.config.norm_eps)
+        main = gathered(main, batch.n_tokens, self.cp)
         for stage, cache in zip(self.stages, caches, strict=True):
             stage.attn.write(main, batch, cache)
 
     def __call__(
-        self, x: torch.Tensor, block: Batch | None, caches: Sequence[LayerCache]
+        self,
+        x: torch.Tensor,
+        block: Batch | None,
+        own: Batch | None,
+        caches: Sequence[LayerCache],
     ) -> Guesses:
         """Guess `block_size` tokens for every sequence of `block`, a batch of its tokens.
 
-        A `block` of None has no tokens: the rank only serves the stages' experts.
+        `own` has the tokens of `x`, as in `Block`. A `block` of None has no tokens: the rank only
+        serves the stages' experts.
 
         Shapes:
-            x  [n_tokens, dim]: the tokens' embeddings
+            x  [n_own, dim]: the tokens' embeddings
         """
         x = x.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         for stage, cache in zip(self.stages, caches, strict=True):
-            x = stage(x, block, block, cache)
-        n, size = len(x) // self.dspark.block_size, self.dspark.block_size
+            x = stage(x, block, own, cache)
+        size = self.dspark.block_size
         if block is None:
             nothing = x.new_empty(0, size, dtype=torch.float32)
             return Guesses(nothing.long(), nothing.unsqueeze(-1), nothing)
-        hidden = self.head.collapse(x)
+        hidden = gathered(self.head.collapse(x), block.n_tokens, self.cp)
+        n = len(hidden) // size
         base = self.head.project(hidden).unflatten(0, (n, size))
         before = block.input_ids.unflatten(0, (n, size))[:, 0]
         ids, logits, traits = [], [], []

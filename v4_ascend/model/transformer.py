@@ -14,7 +14,7 @@ from v4_ascend.model.dspark import DSpark, Guesses
 from v4_ascend.model.linear import Source, read_plain
 from v4_ascend.model.mtp import MTP
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import Shard, span_of
+from v4_ascend.model.shard import Shard, rows_of, span_of
 
 # Sees a layer's number and its output streams.
 Observer = Callable[[int, torch.Tensor], None]
@@ -147,21 +147,25 @@ class Transformer:
         next_ids: torch.Tensor,
         batch: Batch | None,
         caches: Sequence[LayerCache],
-        rows: torch.Tensor | None = None,
+        rows: Sequence[int],
     ) -> torch.Tensor:
-        """Predict the token after the next one by MTP, fp32 logits of every token or of `rows`.
+        """Predict the token after the next one by MTP: fp32 logits of some of a step's tokens.
 
         A `batch` of None has no tokens: the rank only serves the drafter's experts.
 
         Shapes:
-            x         [n_tokens, hc_mult, dim]: streams of this step, as `__call__` returned them
+            x         [n_own, hc_mult, dim]: streams of this step, as `__call__` returned them
             next_ids  [n_tokens]  int64: the token that follows each one
-            rows      [n_rows]  int64
-            return    [n_tokens or n_rows, vocab_size]
+            rows      of tokens, in ascending order
+            return    [len(rows), vocab_size]
         """
-        mtp = self.mtp[0]
-        x = mtp(x, self.embedded(next_ids), batch, caches[len(self.layers)])
-        return mtp.head(x if rows is None else x[rows])
+        mtp, own, n = self.mtp[0], None, 0
+        if batch is not None:
+            own, n = self.own(batch), batch.n_tokens
+        first, end = span_of(n, self.shard.cp)
+        embedded = self.embedded(next_ids[first:end])
+        x = mtp(x, embedded, batch, own, caches[len(self.layers)])
+        return mtp.head(rows_of(x, rows, n, self.shard.cp))
 
     def draft_blocks(self, block: Batch | None, caches: Sequence[LayerCache]) -> Guesses:
         """Guess a block of tokens for each sequence of `block` by DSpark.
@@ -173,5 +177,6 @@ class Transformer:
         """
         if self.dspark is None:
             raise ValueError("only DSpark drafts blocks")
-        x = self.embedded(block.input_ids) if block is not None else self.no_streams()[:, 0]
-        return self.dspark(x, block, caches[len(self.layers) :])
+        own = self.own(block) if block is not None else None
+        x = self.embedded(own.input_ids) if own is not None else self.no_streams()[:, 0]
+        return self.dspark(x, block, own, caches[len(self.layers) :])

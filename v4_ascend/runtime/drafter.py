@@ -1,6 +1,7 @@
 """Guesses behind a step: what the drafter is given, and what of its answer is worth computing.
 
-Every rank takes part: of a TP group one knows what was drawn, of an EP group all have experts.
+Every rank takes part: of a TP and CP group one knows what was drawn, of an EP group all have
+experts.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.dspark import DSpark, Targets
+from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
-from v4_ascend.ops import Group
 from v4_ascend.runtime.kv_cache import KVCache
 from v4_ascend.runtime.messages import Sampled, SequenceStep
 
@@ -62,7 +63,7 @@ class OneAhead:
         layers = self._cache.layers
         if batch is None:
             nothing = torch.empty(0, dtype=torch.int64, device=streams.device)
-            self._model.draft(streams, nothing, None, layers, nothing)
+            self._model.draft(streams, nothing, None, layers, [])
             return []
         next_ids: list[int] = []
         rows: list[int] = []
@@ -76,8 +77,8 @@ class OneAhead:
             next_ids += ids
         n = len(next_ids)
         packed = torch.tensor(next_ids + rows, device=streams.device)
-        packed = _as_first(packed, self._model.shard.tp)
-        logits = self._model.draft(streams, packed[:n], batch, layers, packed[n:])
+        packed = _as_first(packed, self._model.shard)
+        logits = self._model.draft(streams, packed[:n], batch, layers, packed[n:].tolist())
         return [[guess] for guess in logits.argmax(-1).tolist()]
 
 
@@ -115,7 +116,7 @@ class Blocks:
             return []
         last = [known[-1] for _, known in drawing]
         at = [s.start + len(s.token_ids) - s.n_drafts + len(known) - 1 for s, known in drawing]
-        packed = _as_first(torch.tensor([last, at], device=streams.device), self._model.shard.tp)
+        packed = _as_first(torch.tensor([last, at], device=streams.device), self._model.shard)
         last, at = packed.tolist()
         c = self._dspark.dspark
         block = self._cache.block(
@@ -134,6 +135,9 @@ def _known(tokens: Sequence[Sampled]) -> list[int]:
     return [t.token_id for t in tokens] or [0]
 
 
-def _as_first(x: torch.Tensor, tp: Group) -> torch.Tensor:
-    """Return what the first rank of a TP group has, which draws."""
-    return x if tp.size == 1 else tp.all_gather(x, [len(x)] * tp.size)[0]
+def _as_first(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """Return what the rank has that draws: the first of its CP group, and of its TP group."""
+    for group in (shard.tp, shard.cp):
+        if group.size > 1:
+            x = group.all_gather(x, [len(x)] * group.size)[0]
+    return x

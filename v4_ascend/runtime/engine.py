@@ -16,7 +16,7 @@ from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.dspark import Targets
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import gathered, span_of
+from v4_ascend.model.shard import gathered, rows_of, span_of
 from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.drafter import drafter_of
@@ -103,7 +103,7 @@ class Engine:
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
         limits = limits_of(plan, config)
         guides = None
-        if model.head is not None and groups.tp.rank == 0:  # it draws tokens
+        if model.head is not None and groups.tp.rank == groups.cp.rank == 0:  # it draws tokens
             guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
@@ -128,8 +128,8 @@ class Engine:
 
     @property
     def answers(self) -> bool:
-        """Whether this rank draws tokens: it is on the last stage, the first of its TP group."""
-        return self.model.head is not None and self.groups.tp.rank == 0
+        """Whether this rank draws tokens: on the last stage, the first of its DP group."""
+        return self.model.head is not None and self.groups.tp.rank == self.groups.cp.rank == 0
 
     @property
     def is_exact(self) -> bool:
@@ -145,9 +145,9 @@ class Engine:
     def step(self, step: Step) -> StepResult:
         """Run the next tokens of this rank's sequences; draw where one asks for it.
 
-        With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
-        A draft that is drawn itself lets what is drawn behind it count too: the same tokens as
-        without, as a drawn token depends on logits, seed and position alone.
+        Ranks that do not draw return no tokens. A draft that is drawn itself lets what is drawn
+        behind it count too: the same tokens as without, as a drawn token depends on logits, seed
+        and position alone.
 
         Raises:
             ValueError: drafts are wanted of a model that was read without its drafter.
@@ -183,18 +183,20 @@ class Engine:
             return drawn
         if self.answers:
             self.sampler.take(mine)
-        begin, end = span_of(batch.n_tokens, self.model.shard.cp)
         wanted, rows = [], []
         for i, (s, stop) in enumerate(zip(mine, batch.cu_seqlens[1:].tolist(), strict=True)):
-            if s.sampling is None or not begin < stop <= end:
+            if s.sampling is None:
                 continue
             for n_behind in range(s.n_drafts, -1, -1):
                 ids = s.token_ids[: len(s.token_ids) - n_behind]
                 wanted.append((i, replace(s, token_ids=ids, n_drafts=s.n_drafts - n_behind)))
-                rows.append(stop - 1 - n_behind - begin)
+                rows.append(stop - 1 - n_behind)
         if not wanted:
             return drawn
-        logits = self.model.logits(streams[torch.tensor(rows, device=streams.device)])
+        streams = rows_of(streams, rows, batch.n_tokens, self.model.shard.cp)
+        if self.groups.cp.rank:
+            return drawn
+        logits = self.model.logits(streams)
         if not self.answers:
             return drawn
         tokens = self.sampler.draw([s for _, s in wanted], logits)
