@@ -16,7 +16,7 @@ from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.limits import limits_of
 from v4_ascend.runtime.sequence import Request
 
-N_STAGES = 3
+N_STAGES = 6
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory, preset):
 
 @pytest.fixture(scope="module")
 def stages(checkpoint, preset):
-    """Of DSpark's target layers one is in front of the last stage: its means travel."""
+    """DSpark's target layers are on three stages: what is seen behind two of them travels."""
     staged, pipe = plan(checkpoint, DRAFTERS[preset], {"pp_size": N_STAGES}), deque()
 
     def stage(rank):
