@@ -193,10 +193,12 @@ class MemoryModel:
 def window_rows(config: ModelConfig, serving: Serving, *, has_drafter: bool) -> int:
     """Rows of a window: vLLM frees what has left it; our ring holds the chunk beside it.
 
-    On the stage that has the drafter, a block of DSpark's goes on behind the last token.
+    On the stage that has the drafter, that goes on behind the last token.
     """
     if serving.engine == "vllm":
         return config.window_size
-    ahead = config.dspark.block_size if config.dspark and has_drafter else 0
+    ahead = 0
+    if has_drafter:
+        ahead = config.dspark.block_size if config.dspark else serving.n_draft_tokens - 1
     blocks = (serving.max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
     return BLOCK_TOKENS * min(blocks, -(-(serving.max_model_len + ahead) // BLOCK_TOKENS))

@@ -40,7 +40,7 @@ def draft_of(model, golden):
     batch = cache.batch([Chunk(0, TOKENS[:n], 0)])
     next_ids = torch.tensor([*TOKENS[1:n], 7])
     last = [len(next_ids) - 1]
-    return model.draft(model(batch, cache.layers), next_ids, batch, cache.layers, last)[0]
+    return model.draft(model(batch, cache.layers), next_ids, batch, cache.layers, last)[1][0]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from v4_ascend.runtime.sequence import Request
 
 LENGTH = 1024
 GREEDY = Sampling(0.0, 1.0, 0)
-DRAFTERS = {"tiny": 1, "tiny-dspark": 5}
+DRAFTERS = {"tiny": 3, "tiny-dspark": 5}
 
 
 def plan(checkpoint, n_drafts, layout=None, **changes):

@@ -163,15 +163,21 @@ def test_trap_t50_guesses_are_the_drafters_for_the_whole_sequence(checkpoint, en
         kv_record="fp32",
         index_record="fp32",
     )
-    at_once = in_blocks if engine.model.dspark else one_ahead
+    at_once = in_blocks if engine.model.dspark else ahead
     with torch.inference_mode():
         assert seen == {n: at_once(engine.model, fresh, whole, len(ids) + n - 1) for n in seen}
 
 
-def one_ahead(model, cache, whole, n):
+def ahead(model, cache, whole, n):
+    """What the module says of all tokens at once, guesses and its own streams among them."""
     batch = cache.batch([Chunk(0, whole[:n].tolist(), 0)])
-    streams = model(batch, cache.layers)
-    return [int(model.draft(streams, whole[1 : n + 1], batch, cache.layers, [n - 1]).argmax())]
+    streams, ids = model(batch, cache.layers), whole[: n + 1]
+    while len(ids) < n + 1 + DRAFTERS["tiny"]:
+        end = len(ids) - 1
+        batch = cache.batch([Chunk(0, ids[:end].tolist(), 0)])
+        x, logits = model.draft(streams, ids[1:], batch, cache.layers, [end - 1])
+        streams, ids = torch.cat((streams, x)), torch.cat((ids, logits.argmax(-1)))
+    return ids[n + 1 :].tolist()
 
 
 def in_blocks(model, cache, whole, n):

@@ -183,7 +183,7 @@ def test_planned_weights_of_stages_that_draft_are_what_ranks_read_to_the_byte(na
 @pytest.mark.parametrize("layers", [(0, 6), (0, 3), (3, 6)])
 @pytest.mark.parametrize(
     ("name", "n_drafts", "max_model_len"),
-    [("tiny", 0, 512), ("tiny", 1, 512), ("tiny-dspark", 5, 512), ("tiny-dspark", 1, 1024)],
+    [("tiny", 0, 512), ("tiny", 3, 512), ("tiny-dspark", 5, 512), ("tiny-dspark", 1, 1024)],
 )
 def test_planned_caches_are_those_a_rank_allocates(name, n_drafts, max_model_len, layers):
     """Windows and states of three requests, and their rows, the drafter's too: to the byte."""

@@ -148,8 +148,8 @@ class Transformer:
         batch: Batch | None,
         caches: Sequence[LayerCache],
         rows: Sequence[int],
-    ) -> torch.Tensor:
-        """Predict the token after the next one by MTP: fp32 logits of some of a step's tokens.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict the token after the next one by MTP: streams and logits of some of the tokens.
 
         A `batch` of None has no tokens: the rank only serves the drafter's experts.
 
@@ -157,7 +157,7 @@ class Transformer:
             x         [n_own, hc_mult, dim]: streams of this step, as `__call__` returned them
             next_ids  [n_tokens]  int64: the token that follows each one
             rows      of tokens, in ascending order
-            return    [len(rows), vocab_size]
+            return    [len(rows), hc_mult, dim], and [len(rows), vocab_size] fp32
         """
         mtp, own, n = self.mtp[0], None, 0
         if batch is not None:
@@ -165,7 +165,8 @@ class Transformer:
         first, end = span_of(n, self.shard.cp)
         embedded = self.embedded(next_ids[first:end])
         x = mtp(x, embedded, batch, own, caches[len(self.layers)])
-        return mtp.head(rows_of(x, rows, n, self.shard.cp))
+        x = rows_of(x, rows, n, self.shard.cp)
+        return x, mtp.head(x)
 
     def draft_blocks(self, block: Batch | None, caches: Sequence[LayerCache]) -> Guesses:
         """Guess a block of tokens for each sequence of `block` by DSpark.

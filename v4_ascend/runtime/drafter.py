@@ -13,7 +13,7 @@ import torch
 
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.dspark import DSpark, Targets
-from v4_ascend.model.shard import Shard
+from v4_ascend.model.shard import Shard, span_of
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.kv_cache import KVCache
 from v4_ascend.runtime.messages import Sampled, SequenceStep
@@ -43,14 +43,15 @@ def drafter_of(
     """Return the drafter a model was read with. Of this DP group's slots `first_slot` is 0."""
     if model.dspark is not None and targets is not None:
         return Blocks(model, model.dspark, cache, targets, first_slot, n_drafts, min_confidence)
-    return OneAhead(model, cache) if model.mtp else None
+    return Ahead(model, cache, first_slot, n_drafts) if model.mtp else None
 
 
-class OneAhead:
-    """The MTP module: one guess."""
+class Ahead:
+    """The MTP module: a guess from the network's streams, each further one from its own."""
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, first_slot: int, n_drafts: int) -> None:
         self._model, self._cache = model, cache
+        self._first_slot, self._n_drafts = first_slot, n_drafts
 
     def __call__(
         self,
@@ -60,26 +61,35 @@ class OneAhead:
         streams: torch.Tensor,
     ) -> list[list[int]]:
         """See `Drafter`."""
-        layers = self._cache.layers
-        if batch is None:
-            nothing = torch.empty(0, dtype=torch.int64, device=streams.device)
-            self._model.draft(streams, nothing, None, layers, [])
-            return []
         next_ids: list[int] = []
         rows: list[int] = []
-        for s, tokens, stop in zip(mine, drawn, batch.cu_seqlens[1:].tolist(), strict=True):
+        turns: list[tuple[int, int]] = []  # slot, and the position of row 0 if it were its own
+        stops = batch.cu_seqlens[1:].tolist() if batch is not None else []
+        for s, tokens, stop in zip(mine, drawn, stops, strict=True):
             ids = [*s.token_ids[1:], s.next_id or 0]
             if s.sampling is not None:
                 # What follows a wrong draft is computed again before anything depends on it.
                 known = _known(tokens)
                 ids[len(ids) - 1 - s.n_drafts :] = known + [0] * (s.n_drafts + 1 - len(known))
                 rows.append(stop - 1 - s.n_drafts + len(known) - 1)
+                turns.append((s.slot - self._first_slot, s.start + len(s.token_ids) - stop))
             next_ids += ids
-        n = len(next_ids)
-        packed = torch.tensor(next_ids + rows, device=streams.device)
-        packed = _as_first(packed, self._model.shard)
-        logits = self._model.draft(streams, packed[:n], batch, layers, packed[n:].tolist())
-        return [[guess] for guess in logits.argmax(-1).tolist()]
+        model, layers, n = self._model, self._cache.layers, len(next_ids)
+        packed = torch.tensor(next_ids + rows, dtype=torch.int64, device=streams.device)
+        packed = _as_first(packed, model.shard)
+        rows = packed[n:].tolist()
+        x, logits = model.draft(streams, packed[:n], batch, layers, rows)
+        guesses = [logits.argmax(-1)]
+        slots = [slot for slot, _ in turns]
+        first, end = span_of(len(rows), model.shard.cp)
+        for ahead in range(1, self._n_drafts):
+            at = [zero + row + ahead for (_, zero), row in zip(turns, rows, strict=True)]
+            last = guesses[-1]
+            block = self._cache.block(slots, at, last.unsqueeze(1).tolist()) if slots else None
+            x, logits = model.draft(x[first:end], last, block, layers, range(len(slots)))
+            guesses.append(logits.argmax(-1))
+        drafts: list[list[int]] = torch.stack(guesses, 1).tolist()
+        return drafts
 
 
 class Blocks:
