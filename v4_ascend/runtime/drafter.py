@@ -63,7 +63,7 @@ class Ahead:
         """See `Drafter`."""
         next_ids: list[int] = []
         rows: list[int] = []
-        turns: list[tuple[int, int]] = []  # slot, and the position of row 0 if it were its own
+        turns: list[tuple[int, int]] = []  # slot, and from a row's number to its position
         stops = batch.cu_seqlens[1:].tolist() if batch is not None else []
         for s, tokens, stop in zip(mine, drawn, stops, strict=True):
             ids = [*s.token_ids[1:], s.next_id or 0]
@@ -83,7 +83,7 @@ class Ahead:
         slots = [slot for slot, _ in turns]
         first, end = span_of(len(rows), model.shard.cp)
         for ahead in range(1, self._n_drafts):
-            at = [zero + row + ahead for (_, zero), row in zip(turns, rows, strict=True)]
+            at = [row + to + ahead for row, (_, to) in zip(rows, turns, strict=True)]
             last = guesses[-1]
             block = self._cache.block(slots, at, last.unsqueeze(1).tolist()) if slots else None
             x, logits = model.draft(x[first:end], last, block, layers, range(len(slots)))
