@@ -52,8 +52,8 @@ class Targets:
         return x[:, :n].contiguous()
 
     def packed(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the streams and what is handed on with them."""
-        return torch.cat((x, *(self.seen[n].unsqueeze(1) for n in self._so_far)), dim=1)
+        """Return the streams and what is handed on with them; nothing of it is kept."""
+        return torch.cat((x, *(self.seen.pop(n).unsqueeze(1) for n in self._so_far)), dim=1)
 
 
 @dataclass(frozen=True)

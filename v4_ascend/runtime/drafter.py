@@ -120,6 +120,7 @@ class Blocks:
         if batch is not None:
             stages = self._cache.layers[len(self._model.layers) :]
             self._dspark.take(self._targets.seen, batch, stages)
+        self._targets.seen.clear()
         drawing = [(s, _known(t)) for s, t in zip(mine, drawn, strict=True) if s.sampling]
         if not drawing:
             self._model.draft_blocks(None, self._cache.layers)
