@@ -61,6 +61,7 @@ def run(plan, rank, case):
             "tokens": tokens,
             "guesses": [(*at, drafts) for at, drafts in noting.seen.items()],
             "counters": vars(scheduler.counters),
+            "kept": len(engine._sends),  # streams that are held until they have arrived
         }
 
 

@@ -68,6 +68,7 @@ def test_answers_and_guesses_are_those_of_one_process(tmp_path, layouts):
         counters = found["counters"]
         assert counters["drafted"] > sum(counters["accepted_at"]) > 0, name
         assert counters["cached_tokens"] > 0, name
+        assert found["kept"] <= 4, name
 
 
 def planned(checkpoint, n_drafts, layout=None, **changes):

@@ -188,7 +188,10 @@ class Groups:
             dist.barrier()
 
     def send(self, x: torch.Tensor) -> dist.Work | None:
-        """Begin to send streams to the next stage; keep `x` until the work is done."""
+        """Begin to send streams to the next stage; keep `x` until the work is done.
+
+        None where there is nothing to send: no token is here.
+        """
         if self.following is None:
             raise ValueError("the last stage sends nothing")
         if not len(x):

@@ -29,6 +29,8 @@ from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
 
+SENDS = 4  # streams on their way to the next stage, which is hardly further behind
+
 
 class Engine:
     """One rank's part of the model and its caches; one step at a time, all ranks alike.
@@ -61,7 +63,7 @@ class Engine:
         self.sampler = Sampler(
             model.config.vocab_size, model.config.eos_token_id, self.device, guides
         )
-        self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
+        self._sends: deque[tuple[torch.Tensor, Work]] = deque()
         self.cache = KVCache(
             model.config,
             n_slots=max_batch_size,
@@ -253,11 +255,16 @@ class Engine:
         return batch, x
 
     def _send(self, x: torch.Tensor) -> None:
-        """Send streams without waiting, and let go of those that have arrived."""
-        while self._sends and (work := self._sends[0][1]) is not None and work.is_completed():
+        """Send streams, and let go of those that have arrived; gloo says it only to who waits."""
+        while self._sends and self._sends[0][1].is_completed():
             self._sends.popleft()
+        if len(self._sends) == SENDS:
+            sent, work = self._sends.popleft()
+            with self.groups.flight.wait("pp", f"send to rank {self.groups.following}", sent):
+                work.wait()
         x = x.contiguous()
-        self._sends.append((x, self.groups.send(x)))
+        if (begun := self.groups.send(x)) is not None:
+            self._sends.append((x, begun))
 
     def sequence(
         self,

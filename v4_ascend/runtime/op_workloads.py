@@ -103,9 +103,9 @@ class Maker:
 
     def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Integers in [low, high)."""
-        return torch.randint(
-            low, high, shape, generator=self._generator, device=self.device
-        ).to(dtype)
+        return torch.randint(low, high, shape, generator=self._generator, device=self.device).to(
+            dtype
+        )
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """Values in [0, 1)."""
@@ -317,9 +317,7 @@ def _attend(
     end = work.context + work.tokens
     window, ring = make.cache(work.batch, work.tokens + 2 * BLOCK, BLOCK, c.head_dim, record)
     turns = torch.arange(end // BLOCK + 1, device=make.device) % ring.shape[1]
-    rows, table = make.cache(
-        work.batch, end // ratio, max(BLOCK // ratio, 1), c.head_dim, record
-    )
+    rows, table = make.cache(work.batch, end // ratio, max(BLOCK // ratio, 1), c.head_dim, record)
     # Of rows that are no more than topk none are named.
     names = _chosen(make, work, topk) if topk is not None and end // ratio > topk else None
     return make.lengths(work) | {
