@@ -16,7 +16,7 @@ from v4_ascend.backends.triton.quant import e8m0_to_float
 
 DIM, ROPE = 512, 64
 HEADS = 64
-ROWS = 32  # of a tile
+ROWS = 64  # of a tile
 PAGED = {"bf16": 0, "fp8_584": 1, "fp8_640": 2}
 MAX_PARTS = 32
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from v4_ascend.backends import prepared
+from v4_ascend.backends.cuda.gemm import bf16_gemm
 from v4_ascend.backends.cuda.limits import BOTH_NARROW
 from v4_ascend.backends.cuda.ragged import position_of, request_of
 
@@ -104,17 +105,13 @@ def compress_kv(
     compress_ratio: int,
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the op `compress_kv`; the product is torch's, summed in fp32."""
+    """As the op `compress_kv`, of bf16 and weights that were bf16."""
     (n_tokens, _), batch = x.shape, len(seq_lens)
     dim, width = norm_weight.shape[0], ape.shape[1]
     rows = torch.zeros(cos.shape[0], dim, dtype=x.dtype, device=x.device)
     if not n_tokens:
         return rows, state
-    both = prepared.get(wkv, BOTH_NARROW).t()
-    if x.is_cuda:
-        new = torch.mm(x, both, out_dtype=torch.float32)
-    else:  # interpreted
-        new = x.float() @ both.float()
+    new = bf16_gemm(x, prepared.get(wkv, BOTH_NARROW))
     wide = triton.next_power_of_2(batch)
     if len(rows):
         _pool[(len(rows),)](

@@ -130,7 +130,7 @@ def hc_pre(
         *(x, fn.contiguous(), parts, squares, n_tokens, width, fn.shape[0], steps),
         *(tokens, MIXES, BLOCK),
         num_warps=4,
-        num_stages=4,
+        num_stages=2,
     )
     block = min(1024, triton.next_power_of_2(dim))
     _pre[(n_tokens, triton.cdiv(dim, block))](

@@ -81,16 +81,27 @@ def _scale_products(interpreter: Any) -> None:
     magnitudes = np.array((0, 0.5, 1, 1.5, 2, 3, 4, 6), np.float32)
     values = np.concatenate((magnitudes, -magnitudes))
 
+    def widened(x: Any, scale: Any, is_packed: bool) -> Any:
+        """Rows [n, depth] in fp32, of FP4 if there are scales, else of bf16."""
+        if scale is None:
+            if x.dtype.scalar != tl.bfloat16:
+                raise NotImplementedError(f"{x.dtype} without scales, must be bf16")
+            return (x.data.astype(np.uint32) << 16).view(np.float32)
+        if x.dtype.scalar != tl.uint8 or not is_packed:
+            raise NotImplementedError("scales of what is not FP4 packed along the depth")
+        return np.stack((values[x.data & 15], values[x.data >> 4]), -1)
+
     def create_dot_scaled(
         self: Any, a: Any, a_scale: Any, a_format: Any, b: Any, b_scale: Any, *rest: Any
     ) -> Any:
-        _b_format, _fast, a_packed, _b_packed, acc = rest
-        if a.dtype.scalar != tl.uint8 or b.dtype.scalar != tl.bfloat16 or not a_packed or b_scale:
-            raise NotImplementedError("only FP4 packed along the depth, by bf16 without scales")
-        codes = np.stack((a.data & 15, a.data >> 4), -1).reshape(len(a.data), -1)
-        scale = np.exp2(a_scale.data.astype(np.float32) - 127).repeat(32, -1)
-        wide = (b.data.astype(np.uint32) << 16).view(np.float32)
-        product = (values[codes] * scale) @ wide
-        return interpreter.TensorHandle(product + acc.data, tl.float32)
+        _b_format, _fast, a_packed, b_packed, acc = rest
+        left, right = widened(a, a_scale, a_packed), widened(b, b_scale, b_packed)
+        if a_scale is not None:
+            scale = np.exp2(a_scale.data.astype(np.float32) - 127).repeat(32, -1)
+            left = left.reshape(len(a.data), -1) * scale
+        if b_scale is not None:
+            scale = np.exp2(b_scale.data.astype(np.float32) - 127).repeat(32, -1)
+            right = np.moveaxis(right, 2, 1).reshape(-1, b.data.shape[1]) * scale.T
+        return interpreter.TensorHandle(left @ right + acc.data, tl.float32)
 
     interpreter.InterpreterBuilder.create_dot_scaled = create_dot_scaled
