@@ -65,7 +65,7 @@ def engine(checkpoint, preset):
 
 
 @settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(shapes=SCHEDULES)
 def test_answers_are_those_each_request_gets_alone_of_one_process(
