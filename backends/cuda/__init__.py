@@ -35,7 +35,7 @@ def _proof() -> Proof:
 
 
 def _use_chip(chip: str | None) -> None:
-    """Kernels are compiled for the GPU that is here; refuse one that is not what was planned for."""
+    """Refuse a GPU other than the one planned for; kernels are compiled for what is here."""
     if chip is None or _is_interpreting() or not torch.cuda.is_available():
         return
     here = "sm_{}{}".format(*torch.cuda.get_device_capability())

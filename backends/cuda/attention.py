@@ -14,7 +14,7 @@ from v4_ascend.backends.cuda.device import n_processors
 from v4_ascend.backends.cuda.ragged import position_of, request_of
 from v4_ascend.backends.triton.quant import e8m0_to_float
 
-DIM, ROPE = 512, 64
+DIM = 512
 HEADS = 64
 ROWS = 64  # of a tile
 PAGED = {"bf16": 0, "fp8_584": 1, "fp8_640": 2}
@@ -22,61 +22,85 @@ MAX_PARTS = 32
 
 
 @triton.jit
-def _record_rows(storage, pairs, slot, is_row, block_rows, RECORD: tl.constexpr):
-    """Rows [n, 512] in bf16, which holds them exactly: 7 groups of 64 FP8 channels, 64 in bf16.
-
-    `storage` are the bytes, `pairs` the same memory as bf16.
-    """
-    group, channel = tl.arange(0, 8), tl.arange(0, 64)
-    if RECORD == 1:
+def _places(slot, block_rows, RECORD: tl.constexpr):
+    """Where rows begin: FP8 channels and scales in bytes, rotated channels in pairs of bytes."""
+    if RECORD == 0:
+        pairs = slot * 512
+        data, tail = pairs, pairs
+    elif RECORD == 1:
         page = slot // block_rows * (block_rows * 584)
         data = page + slot % block_rows * 576
         tail = page + block_rows * 576 + slot % block_rows * 8
-        rope = (data + 448) // 2
+        pairs = data // 2 - 224
     else:
-        rope = slot * 320
         data = slot * 640 + 128
         tail = data + 448
-    is_fp8 = (is_row[:, None] & (group < 7)[None, :])[:, :, None]
-    at = data[:, None, None] + group[None, :, None] * 64 + channel[None, None, :]
-    byte = tl.load(storage + at, is_fp8, 0)
-    scale_at = storage + tail[:, None] + group[None, :]
-    scale = e8m0_to_float(tl.load(scale_at, is_row[:, None] & (group < 7)[None, :], 0))
-    value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
-    nope = (value * scale[:, :, None]).to(tl.bfloat16)
-    rotated = tl.load(pairs + rope[:, None] + channel[None, :], is_row[:, None], 0.0)
-    rows = tl.where((group < 7)[None, :, None], nope, rotated[:, None, :])
-    return tl.reshape(rows, (slot.shape[0], 512))
+        pairs = slot * 320 - 448
+    return data, tail, pairs
 
 
 @triton.jit
-def _rows(storage, pairs, slot, is_row, block_rows, RECORD: tl.constexpr):
-    if RECORD == 0:
-        cols = tl.arange(0, 512)
-        rows = tl.load(pairs + slot[:, None] * 512 + cols[None, :], is_row[:, None], 0.0)
+def _group(storage, pairs, at, is_row, GROUP: tl.constexpr, RECORD: tl.constexpr):
+    """64 channels of rows, [n, 64] in bf16, which holds FP8 times a power of two exactly."""
+    data, tail, pair = at
+    channel = GROUP * 64 + tl.arange(0, 64)[None, :]
+    if RECORD == 0 or GROUP == 7:
+        rows = tl.load(pairs + pair[:, None] + channel, is_row[:, None], 0.0)
     else:
-        rows = _record_rows(storage, pairs, slot, is_row, block_rows, RECORD)
+        byte = tl.load(storage + data[:, None] + channel, is_row[:, None], 0)
+        scale = e8m0_to_float(tl.load(storage + tail + GROUP, is_row, 0))
+        value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        rows = (value * scale[:, None]).to(tl.bfloat16)
     return rows
+
+
+@triton.jit
+def _attend(storage, pairs, slot, block_rows, is_visible, q, state, scale, RECORD: tl.constexpr):
+    """Add rows to the running softmax; exponents are of base 2, `scale` has log2(e) in it.
+
+    By groups of channels: a whole row and all sums at once have no room in registers.
+    """
+    top, total, a0, a1, a2, a3, a4, a5, a6, a7 = state
+    at = _places(slot, block_rows, RECORD)
+    k0 = _group(storage, pairs, at, is_visible, 0, RECORD)
+    scores = tl.dot(q[0], tl.trans(k0))
+    k1 = _group(storage, pairs, at, is_visible, 1, RECORD)
+    scores = tl.dot(q[1], tl.trans(k1), scores)
+    k2 = _group(storage, pairs, at, is_visible, 2, RECORD)
+    scores = tl.dot(q[2], tl.trans(k2), scores)
+    k3 = _group(storage, pairs, at, is_visible, 3, RECORD)
+    scores = tl.dot(q[3], tl.trans(k3), scores)
+    k4 = _group(storage, pairs, at, is_visible, 4, RECORD)
+    scores = tl.dot(q[4], tl.trans(k4), scores)
+    k5 = _group(storage, pairs, at, is_visible, 5, RECORD)
+    scores = tl.dot(q[5], tl.trans(k5), scores)
+    k6 = _group(storage, pairs, at, is_visible, 6, RECORD)
+    scores = tl.dot(q[6], tl.trans(k6), scores)
+    k7 = _group(storage, pairs, at, is_visible, 7, RECORD)
+    scores = tl.dot(q[7], tl.trans(k7), scores) * scale
+    scores = tl.where(is_visible[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A tile without a visible row leaves -inf; exp2(-inf - -inf) would be NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    exact = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(exact, 1)
+    p, shrink = exact.to(tl.bfloat16), shrink[:, None]
+    a0 = tl.dot(p, k0, a0 * shrink)
+    a1 = tl.dot(p, k1, a1 * shrink)
+    a2 = tl.dot(p, k2, a2 * shrink)
+    a3 = tl.dot(p, k3, a3 * shrink)
+    a4 = tl.dot(p, k4, a4 * shrink)
+    a5 = tl.dot(p, k5, a5 * shrink)
+    a6 = tl.dot(p, k6, a6 * shrink)
+    a7 = tl.dot(p, k7, a7 * shrink)
+    return new_top, total, a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @triton.jit
 def _slots(table, request, row, is_row, max_blocks, block_rows):
     block = tl.load(table + request * max_blocks + row // block_rows, is_row, 0)
     return block.to(tl.int64) * block_rows + row % block_rows
-
-
-@triton.jit
-def _attend(q, k, is_visible, scale, top, total, acc):
-    """Add rows k to the running softmax; exponents are of base 2, `scale` times log2(e)."""
-    scores = tl.dot(q, tl.trans(k)) * scale
-    scores = tl.where(is_visible[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A tile without a visible row leaves -inf; exp2(-inf - -inf) would be NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    acc = tl.dot(p.to(k.dtype), k, acc * shrink[:, None])
-    return new_top, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -93,14 +117,21 @@ def _sparse_attn(
     part = tl.program_id(2)
     request = request_of(cu_seqlens, token, batch, BATCH).to(tl.int64)
     position = position_of(seq_lens, cu_seqlens, token.to(tl.int32), request)
-    cols = tl.arange(0, 512)
-    at = (token * n_heads + head[:, None]) * 512 + cols[None, :]
-    is_head = head[:, None] < n_heads
-    queries = tl.load(q + at, is_head, 0.0)
-    each = tl.arange(0, ROWS)
-    top = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    acc = tl.zeros((HEADS, 512), tl.float32)
+    channel, is_head = tl.arange(0, 64), head < n_heads
+    at = (token * n_heads + head) * 512
+    from_q = q + at[:, None] + channel[None, :]
+    q0 = tl.load(from_q, is_head[:, None], 0.0)
+    q1 = tl.load(from_q + 64, is_head[:, None], 0.0)
+    q2 = tl.load(from_q + 128, is_head[:, None], 0.0)
+    q3 = tl.load(from_q + 192, is_head[:, None], 0.0)
+    q4 = tl.load(from_q + 256, is_head[:, None], 0.0)
+    q5 = tl.load(from_q + 320, is_head[:, None], 0.0)
+    q6 = tl.load(from_q + 384, is_head[:, None], 0.0)
+    q7 = tl.load(from_q + 448, is_head[:, None], 0.0)
+    queries = (q0, q1, q2, q3, q4, q5, q6, q7)
+    each, zero = tl.arange(0, ROWS), tl.zeros((HEADS, 64), tl.float32)
+    none = tl.full((HEADS,), float("-inf"), tl.float32)
+    state = (none, tl.zeros((HEADS,), tl.float32), zero, zero, zero, zero, zero, zero, zero, zero)
     first = tl.maximum(position - window_size + 1, 0)
     near = (position - first + ROWS) // ROWS  # tiles of the window, then those of the rows
     seen, end = 0, 0
@@ -114,8 +145,9 @@ def _sparse_attn(
         row = first + tile * ROWS + each
         is_visible = row <= position
         slot = _slots(window_table, request, row, is_visible, window_blocks, window_rows)
-        k = _rows(window, window_pairs, slot, is_visible, window_rows, RECORD)
-        top, total, acc = _attend(queries, k, is_visible, scale, top, total, acc)
+        state = _attend(
+            window, window_pairs, slot, window_rows, is_visible, queries, state, scale, RECORD
+        )
     if HAS_ROWS:
         for tile in range(tl.maximum(mine, near), mine_end):
             row = (tile - near) * ROWS + each
@@ -124,17 +156,24 @@ def _sparse_attn(
                 row = tl.load(indices + token * topk + row, is_visible, -1)
                 is_visible = (row >= 0) & (row < seen)
             slot = _slots(table, request, row, is_visible, table_blocks, table_rows)
-            k = _rows(rows, row_pairs, slot, is_visible, table_rows, RECORD)
-            top, total, acc = _attend(queries, k, is_visible, scale, top, total, acc)
+            state = _attend(
+                rows, row_pairs, slot, table_rows, is_visible, queries, state, scale, RECORD
+            )
+    top, total = state[0], state[1]
     if PARTS:
         place = (part * n_tokens + token) * n_heads + head
-        tl.store(part_top + place, top, head < n_heads)
-        tl.store(part_total + place, total, head < n_heads)
-        tl.store(part_out + place[:, None] * 512 + cols[None, :], acc, is_head)
+        tl.store(part_top + place, top, is_head)
+        tl.store(part_total + place, total, is_head)
+        to = part_out + place[:, None] * 512 + channel[None, :]
+        for group in tl.static_range(8):
+            tl.store(to + group * 64, state[2 + group], is_head[:, None])
     else:
-        extra = tl.load(sink + head, head < n_heads, 0.0) * 1.4426950408889634
-        total += tl.exp2(extra - top)
-        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), is_head)
+        extra = tl.load(sink + head, is_head, 0.0) * 1.4426950408889634
+        inverse = 1.0 / (total + tl.exp2(extra - top))[:, None]
+        to = out + at[:, None] + channel[None, :]
+        for group in tl.static_range(8):
+            o = (state[2 + group] * inverse).to(out.dtype.element_ty)
+            tl.store(to + group * 64, o, is_head[:, None])
 
 
 @triton.jit

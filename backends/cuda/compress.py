@@ -11,6 +11,7 @@ from v4_ascend.backends.cuda.gemm import bf16_gemm
 from v4_ascend.backends.cuda.limits import BOTH_NARROW
 from v4_ascend.backends.cuda.ragged import position_of, request_of
 
+
 @triton.jit
 def _pool(
     new, state, slots, seq_lens, cu_seqlens, ape, norm_weight, cos, sin, rows,

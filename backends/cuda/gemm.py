@@ -138,8 +138,9 @@ def _split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, 
 
     So few columns do not keep the device busy: parts of the depth are summed apart.
     """
-    bm = min(64, max(16, triton.next_power_of_2(m)))
-    bn = 64 if bm < 64 else 128
+    bm, bn = min(64, max(16, triton.next_power_of_2(m))), 64 if m <= 32 else 128
+    if m >= 1024:
+        bm, bn = 128, 64
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     parts = min(depth, max(1, 2 * n_processors(device) // tiles))
     steps = triton.cdiv(depth, parts)
@@ -230,7 +231,7 @@ def _grouped_fp4(
 
 def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int, bool]:
     """Return a tile's rows, columns and depth, its warps, and whether weights are on the left."""
-    return (16, 64, 128, 2, True) if n_rows <= 16 * n_experts else (128, 128, 64, 8, False)
+    return (16, 64, 64, 2, True) if n_rows <= 16 * n_experts else (128, 128, 32, 8, False)
 
 
 def grouped_gemm(

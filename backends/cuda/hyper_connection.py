@@ -36,7 +36,9 @@ def _mixes(
             is_token[:, None] & inside[None, :], 0.0,
         )  # fmt: skip
         b = tl.load(
-            fn + mix[None, :] * width + begin + each[:, None], is_mix[None, :] & inside[:, None], 0.0
+            fn + mix[None, :] * width + begin + each[:, None],
+            is_mix[None, :] & inside[:, None],
+            0.0,
         )
         high = b.to(tl.bfloat16)
         rest = b - high.to(tl.float32)

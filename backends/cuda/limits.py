@@ -1,4 +1,4 @@
-"""What the kernels for NVIDIA's tensor cores refuse; the shared ones of `triton` come behind them."""
+"""What kernels for NVIDIA's tensor cores refuse; behind them come the shared ones of `triton`."""
 
 from __future__ import annotations
 

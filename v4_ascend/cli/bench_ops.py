@@ -46,11 +46,10 @@ def ops_command(
     chosen.require()
     records = packed_records(config)
     rates = measure_rates(chosen.device())
-    tables = {}
-    for text, step in steps.items():
-        tables[text] = []
-        for timing in bench_ops(chosen, config, step, rates, records=records, only=op):
-            tables[text].append(timing)
+    tables = {
+        text: list(bench_ops(chosen, config, step, rates, records=records, only=op))
+        for text, step in steps.items()
+    }
     facts = machine(chosen)
     if as_json:
         data = {

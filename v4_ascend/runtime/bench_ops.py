@@ -78,9 +78,8 @@ def measure_rates(device: str) -> Rates:
     scaled: Callable[[], Any] = lambda: torch._scaled_mm(  # noqa: E731
         *narrow, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
     )
-    return Rates(
-        copy, {"fp32": fp32, "bf16": bf16, "fp8": operations / _time_eager(scaled, device)}
-    )
+    fp8 = operations / _time_eager(scaled, device)
+    return Rates(copy, {"fp32": fp32, "bf16": bf16, "fp8": fp8})
 
 
 def machine(backend: Backend) -> dict[str, str]:

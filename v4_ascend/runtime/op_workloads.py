@@ -141,7 +141,7 @@ class Maker:
     def cache(
         self, batch: int, n_rows: int, block_rows: int, width: int, record: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filled storage for `batch` sequences of `n_rows`, their blocks shuffled, and its table."""
+        """Filled storage for `batch` sequences of `n_rows`, its blocks shuffled, and its table."""
         blocks = n_rows // block_rows + 1
         storage = RECORDS[record].new_storage(batch * blocks, block_rows, width, self.device)
         total, piece = batch * blocks * block_rows, 1 << 18
@@ -172,7 +172,7 @@ def _streams(c: ModelConfig, work: Workload, make: Maker) -> Iterator[Call]:
     nbytes = hc * x + x + n_mixes * flat * 4
     yield Call("hc_pre", "", partial(_hc_pre, c, n, make), nbytes, mixing)
     yield Call("hc_post", "", partial(_hc_post, c, n, make), x + 2 * hc * x)
-    yield Call("rms_norm", "", partial(_rms_norm, c, n, make), 2 * x)
+    yield Call("rms_norm", "", partial(_rms_norm, c, n, make), 2 * x + c.dim * 4)
     quant = partial(_quant, c, n, make)
     yield Call("act_quant", "", quant, n * c.dim * (2 + 1 + 1 / 128))
 
@@ -375,7 +375,7 @@ def _product(m: int, n: int, k: int, make: Maker) -> dict[str, Any]:
 def _experts(c: ModelConfig, work: Workload, make: Maker) -> Iterator[Call]:
     n_experts, topk, inter = c.n_routed_experts, c.n_activated_experts, c.moe_inter_dim
     gate = partial(_gate, c, work.n, make)
-    yield Call("topk_gate", "", gate, work.n * (n_experts * 4 + topk * 12))
+    yield Call("topk_gate", "", gate, work.n * (n_experts * 4 + topk * 12) + n_experts * 4)
     n_rows = work.n * topk
     touched = n_experts * (1 - (1 - topk / n_experts) ** work.n)
     for what, n, k in (("w1 and w3", 2 * inter, c.dim), ("w2", c.dim, inter)):
