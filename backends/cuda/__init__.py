@@ -44,6 +44,11 @@ def _use_chip(chip: str | None) -> None:
         raise ConfigError("--soc", f"{chip!r}, but the GPU here is {here} ({name})")
 
 
+def _records(dtype: str, quant_sim: bool) -> tuple[str, str]:
+    """Rows that are rounded anyway are kept in the bytes they need."""
+    return ("fp8_584", "fp4_68") if quant_sim and dtype == "bf16" else (dtype, dtype)
+
+
 _INT8 = "INT8 checkpoints are made for A2 and A3; CUDA runs the FP8 and FP4 one they are made of"
 
 CUDA = Backend(
@@ -52,6 +57,7 @@ CUDA = Backend(
     why_unavailable=_why_unavailable,
     proof=_proof,
     use_chip=_use_chip,
+    records=_records,
     missing=dict.fromkeys(("int8_act_quant", "int8_gemm", "grouped_int8_gemm"), _INT8),
 )
 

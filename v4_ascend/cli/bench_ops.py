@@ -29,7 +29,13 @@ def ops_command(
     from v4_ascend.config.model import ModelConfig
     from v4_ascend.config.presets import preset_names, preset_path
     from v4_ascend.ops import OPS
-    from v4_ascend.runtime.bench_ops import bench_ops, machine, measure_rates, packed_records
+    from v4_ascend.runtime.bench_ops import (
+        COLD_BYTES,
+        bench_ops,
+        machine,
+        measure_rates,
+        packed_records,
+    )
     from v4_ascend.runtime.op_workloads import Workload
 
     path = preset_path(model) if model in preset_names() else Path(model)
@@ -44,6 +50,10 @@ def ops_command(
         raise ConfigError("--op", f"no operator {op!r}; there is {', '.join(OPS)}")
     config, chosen = ModelConfig.read(path), find_backend(backend)
     chosen.require()
+    if chosen.device() not in COLD_BYTES:
+        raise ConfigError(
+            "--backend", f"{backend!r}: only {' and '.join(COLD_BYTES)} are timed yet"
+        )
     records = packed_records(config)
     rates = measure_rates(chosen.device())
     tables = {
