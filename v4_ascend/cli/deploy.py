@@ -119,10 +119,11 @@ def deploy_command(
     if detach:
         _detach(topology, overrides, plan.name, options, unlooked)
         return
-    from v4_ascend.backends import find_backend
     from v4_ascend.deploy.deployment import Deployment
 
-    if not plan.emulated:
+    if not plan.emulated and plan.backend != "cpu":  # which is here: no need to import torch
+        from v4_ascend.backends import find_backend
+
         find_backend(plan.backend, "runtime.backend").require()
 
     def report(line: str) -> None:
