@@ -49,7 +49,7 @@ verify-emulated: $(ENVIRONMENTS:%=verify-%)
 verify-%: install
 	$(TEST) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	  $$($(BIN)/python -m v4_ascend.emulation.environment $*) \
-	  -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder -W default --environment $*
+	  -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -W default --environment $*
 
 clean:
 	rm -rf $(VENV) .demo
