@@ -109,7 +109,8 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
     reads = _reads(config)
     held: dict[str, Held] = {}
     first, end = rank.layers
-    if first == 0:
+    drafts = plan.n_draft_tokens > 0 and end == config.n_layers
+    if first == 0 or drafts:  # the drafter embeds its own tokens
         _hold(held, reads.embed, plan, rank)
     for layer, experts in enumerate(experts_of(plan, rank), first):
         of_layer = reads.layers[layer]
@@ -119,7 +120,7 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
         _hold(held, of_layer.shared, plan, rank)
     if end == config.n_layers:
         _hold(held, reads.head, plan, rank)
-        for drafting in reads.drafting if plan.n_draft_tokens else ():
+        for drafting in reads.drafting if drafts else ():
             _hold(held, drafting.before, plan, rank)
             held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w13[e]}
             held |= {h.spec.name: h for e in range(*rank.experts) for h in drafting.w2[e]}

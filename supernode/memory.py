@@ -111,7 +111,6 @@ class MemoryModel:
         self.config, self.profile, self.serving = config, profile, serving
         self.records = RecordBytes.of(config, profile.records.kv, profile.records.index)
         self.drafts = serving.n_draft_tokens > 0
-        self.window_rows = window_rows(config, serving)
         self.available = int(profile.memory_bytes.value * serving.utilisation)
         self._weighed: dict[tuple[object, ...], dict[str, int]] = {}
         self._overhead: dict[str, int] = {
@@ -129,11 +128,8 @@ class MemoryModel:
         c, p = self.config, parallel
         is_last = layers[1] == c.n_layers
         own = list(range(*layers))
-        drafting = (
-            list(range(c.n_layers, c.n_layers + c.n_draft_layers))
-            if is_last and self.drafts
-            else []
-        )
+        has_drafter = is_last and self.drafts
+        drafting = list(range(c.n_layers, c.n_layers + c.n_draft_layers)) if has_drafter else []
         caching = [*own, *drafting]
         # vLLM keeps states as rows of its own.
         n_guesses = self.serving.n_draft_tokens if self.serving.engine == "native" else 0
@@ -143,7 +139,8 @@ class MemoryModel:
                 p, [*own, *drafting], is_first=layers[0] == 0, is_last=is_last
             )
         terms = dict(self._weighed[key])
-        per_request = window_bytes(c, self.records, caching, self.window_rows)
+        rows = window_rows(c, self.serving, has_drafter=has_drafter)
+        per_request = window_bytes(c, self.records, caching, rows)
         per_request += state_bytes(c, own, n_guesses)
         terms["request state"] = concurrency * per_request
         if self.serving.n_snapshots:
@@ -193,10 +190,15 @@ class MemoryModel:
         return streams + max(attention, experts) + logits
 
 
-def window_rows(config: ModelConfig, serving: Serving) -> int:
-    """Rows of a window: vLLM frees what has left it; our ring holds the chunk beside it."""
+def window_rows(config: ModelConfig, serving: Serving, *, has_drafter: bool) -> int:
+    """Rows of a window: vLLM frees what has left it; our ring holds the chunk beside it.
+
+    On the stage that has the drafter, that goes on behind the last token.
+    """
     if serving.engine == "vllm":
         return config.window_size
-    ahead = config.dspark.block_size if config.dspark and serving.n_draft_tokens else 0
+    ahead = 0
+    if has_drafter:
+        ahead = config.dspark.block_size if config.dspark else serving.n_draft_tokens - 1
     blocks = (serving.max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
     return BLOCK_TOKENS * min(blocks, -(-(serving.max_model_len + ahead) // BLOCK_TOKENS))

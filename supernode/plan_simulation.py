@@ -36,13 +36,15 @@ def _pipeline(
             works[kind] = model.layer_work(layer, load)
         return works[kind]
 
-    p = choice.parallel
+    p, tail, n_drafts = choice.parallel, model.head_s(load), model.memory.serving.n_draft_tokens
+    if is_decode and n_drafts:
+        tail += model.drafter_s(load, n_drafts)
     return Pipeline(
         stages=tuple(tuple(work(i) for i in range(*layers)) for layers in choice.layers),
         stage_size=p.stage_size,
         ep_size=p.ep_size,
         n_micro_batches=n_micro_batches,
-        boundary_s=model.boundary_s(load.n_tokens),
-        tail_s=model.head_s(load),
+        boundary_s=model.boundary_s(load.n_tokens, choice.layers),
+        tail_s=tail,
         is_decode=is_decode,
     )

@@ -11,6 +11,7 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_names, preset_path
 from v4_ascend.config.topology import ParallelConfig, Pool, Topology, is_remote
 from v4_ascend.errors import ConfigError, NotYetError, PlanError
+from v4_ascend.supernode.cache import BLOCK_TOKENS
 from v4_ascend.supernode.experts import ExpertLoad, by_number, place_layer
 from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.memory import Serving
@@ -295,23 +296,19 @@ def deploy_pool(topology: Topology, config: ModelConfig) -> tuple[Plan, PoolPlan
 
 
 def _require_drafter(t: Topology, config: ModelConfig, plan: Plan, profile: DeviceProfile) -> None:
-    """Refuse more drafts than the drafter makes, or one with this layout or on this device."""
-    where, n, p = t.where("serve.n_draft_tokens"), plan.n_draft_tokens, plan.parallel
-    if config.dspark is None and n > 1:
-        raise NotYetError(
-            where, f"serve.n_draft_tokens: {n} tokens of an MTP module: not yet; it drafts one"
+    """Refuse more drafts than the drafter makes, or one on a device that has no room for it."""
+    where, n = t.where("serve.n_draft_tokens"), plan.n_draft_tokens
+    if config.dspark is None and n >= BLOCK_TOKENS:
+        raise ConfigError(
+            where,
+            f"serve.n_draft_tokens: {n}; no draft ends a group of {BLOCK_TOKENS} tokens: "
+            f"at most {BLOCK_TOKENS - 1}",
         )
     if config.dspark is not None and n > config.dspark.block_size:
         raise ConfigError(
             where,
             f"serve.n_draft_tokens: {n}; the checkpoint's drafter guesses "
             f"{config.dspark.block_size} at once",
-        )
-    if p.pp_size > 1 or p.cp_size > 1:
-        raise NotYetError(
-            where,
-            f"serve.n_draft_tokens: drafts with {layout_name(p)}: not yet; "
-            "pp_size and cp_size must be 1",
         )
     is_vendors = profile.records.kv == "fp8_640" and plan.kernels == "fast"
     if config.dspark is not None and is_vendors and plan.fallback == "error":

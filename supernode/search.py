@@ -345,7 +345,7 @@ class Search:
         if pp == 1:
             return stages[0]
         slowest = max(stages, key=lambda s: s.total)
-        boundary = pp * model.boundary_s(load.n_tokens)
+        boundary = pp * model.boundary_s(load.n_tokens, layers)
         parts = {name: pp * s for name, s in slowest.parts.items()}
         return StepTime(parts | {"stage boundaries": boundary})
 
@@ -370,7 +370,7 @@ class Search:
             return self._prefilled[2]
         load, n_chunks = self.prefill_load(model.p)
         slowest = max((model.stage(r, load) for r in layers), key=lambda s: s.total)
-        boundary = model.boundary_s(load.n_tokens)
+        boundary = model.boundary_s(load.n_tokens, layers)
         took = slowest, (n_chunks + len(layers) - 1) * (slowest.total + boundary)
         self._prefilled = (model, layers, took)  # the same at every batch
         return took

@@ -7,6 +7,7 @@ fitted to; `v4-ascend plan calibration` shows how far they are off on rows they 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -142,14 +143,19 @@ class TimeModel:
         """Seconds of the output head."""
         return self._op_s(self.cost.head(load))
 
-    def boundary_s(self, n_tokens: int) -> float:
-        """Seconds a stage's streams take to the next stage: hc_mult * dim values a token."""
+    def boundary_s(self, n_tokens: int, layers: Sequence[tuple[int, int]]) -> float:
+        """Seconds that streams take to the last of the stages: hc_mult * dim values a token.
+
+        For DSpark the means behind its target layers on other stages travel with them.
+        """
         if self.p.pp_size == 1:
             return 0.0
         c = self.memory.config
+        targets = c.dspark.target_layer_ids if c.dspark and self.memory.drafts else ()
+        n_dims = c.hc_mult + sum(n < layers[-1][0] for n in targets)
         hop = self.system.hops(2, self.p.stage_size)[-1]
         rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
-        return latency + n_tokens * c.hc_mult * c.dim * ACT / rate
+        return latency + n_tokens * n_dims * c.dim * ACT / rate
 
     @cached_property
     def _kinds(self) -> list[tuple[int, bool]]:

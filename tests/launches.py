@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from v4_ascend.backends.triton.limits import MODULES
-from v4_ascend.ops import OPS
+from v4_ascend.backends.cuda import limits as cuda
+from v4_ascend.backends.triton import limits as shared
+from v4_ascend.ops import OPS, use_policy
+
+FOLDERS = {"triton": shared.MODULES, "cuda": cuda.MODULES}
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -19,6 +22,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -66,14 +70,18 @@ def _type(parameter, value):
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launches_of(op_name):
-    """Every specialisation that an operator's Flash and Pro cases launch."""
+def launches_of(op_name, folder="triton"):
+    """Every specialisation that an operator's Flash and Pro cases launch of a folder's kernels."""
     op = OPS[op_name]
-    module = next(m for m, ops in MODULES.items() if op_name in ops)
-    launch = getattr(import_module(f"v4_ascend.backends.triton.{module}"), op_name)
-    refuses = MODULES[module][op_name] or (lambda **_: None)
-    with recording() as seen, torch.inference_mode():
+    module = next(m for m, ops in FOLDERS[folder].items() if op_name in ops)
+    launch = getattr(import_module(f"v4_ascend.backends.{folder}.{module}"), op_name)
+    refuses = FOLDERS[folder][module][op_name] or (lambda **_: None)
+    with recording() as seen, torch.inference_mode(), use_policy(backend="cuda"):
         for case in op.cases():
-            if case.models and not refuses(**(inputs := op.inputs(case))):
+            if not case.models:
+                continue
+            inputs = op.inputs(case)
+            op.prepare_inputs(inputs)
+            if not refuses(**inputs):
                 launch(**inputs)
     return list(seen.values())

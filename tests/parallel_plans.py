@@ -49,10 +49,16 @@ def run_ranks(folder, plans, n_ranks, timeout=240, ragged=RAGGED):
         }
         for name, plan in plans.items()
     }
+    launch(SCRIPT, folder, cases, n_ranks, timeout)
+    return cases
+
+
+def launch(script, folder, cases, n_ranks, timeout=240):
+    """Run a script for each rank, with the cases in a file of the folder."""
     (folder / "cases.json").write_text(json.dumps(cases))
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(rank)],
+            [sys.executable, str(script), str(folder), str(rank)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -68,4 +74,3 @@ def run_ranks(folder, plans, n_ranks, timeout=240, ragged=RAGGED):
             p.wait()
     failed = {r: out[-1500:] for r, out in enumerate(outputs) if processes[r].returncode}
     assert not failed, "\n".join(f"rank {r}: {text}" for r, text in failed.items())
-    return cases

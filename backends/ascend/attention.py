@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.cache import why_no_page
 from v4_ascend.backends.ascend.custom_ops import c_ascend
 from v4_ascend.ops import sparse_attn

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import c_ascend
 from v4_ascend.ops import compress_kv, rope
 from v4_ascend.ops.ragged import max_new_rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import c_ascend, torch_npu
 from v4_ascend.ops import hash_gate, topk_gate
 from v4_ascend.ops.gate import WEIGHT_SUM_FLOOR

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
 from v4_ascend.ops.formats import E8M0, ceil_to_e8m0, is_mx, scale_to_float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.attention import VALID_FIRST, longest
 from v4_ascend.backends.ascend.cache import why_no_page
 from v4_ascend.backends.ascend.custom_ops import c_ascend

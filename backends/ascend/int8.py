@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.ascend import prepared
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.backends.ascend.gemm import BY_ROWS, COUNTS, MAX_DIM, ONE_OUTPUT
 from v4_ascend.ops import grouped_int8_gemm, int8_act_quant, int8_gemm

@@ -16,7 +16,8 @@ from weakref import WeakSet
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.backends.ascend import mc2_limits, prepared
+from v4_ascend.backends import prepared
+from v4_ascend.backends.ascend import mc2_limits
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.backends.ascend.soc import A5, current_chip
 from v4_ascend.backends.exchange import exchange_tokens

@@ -36,4 +36,4 @@ for _module, _ops in MODULES.items():
     for _name, _why_not in _ops.items():
         if _name in OWN:
             _refuses = _why_no_scores if _name == "index_scores" else _why_not
-            register(OPS[_name], _module, _refuses, backend="ascend")
+            register(OPS[_name], f"triton.{_module}", _refuses, backend="ascend")

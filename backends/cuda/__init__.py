@@ -12,6 +12,7 @@ import torch
 
 from v4_ascend.backends.backend import Backend, Proof
 from v4_ascend.backends.cuda import kernels as kernels
+from v4_ascend.errors import ConfigError
 
 
 def _is_interpreting() -> bool:
@@ -33,6 +34,21 @@ def _proof() -> Proof:
     return "interpreted" if _is_interpreting() else "executed"
 
 
+def _use_chip(chip: str | None) -> None:
+    """Refuse a GPU other than the one planned for; kernels are compiled for what is here."""
+    if chip is None or _is_interpreting() or not torch.cuda.is_available():
+        return
+    here = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if chip != here:
+        name = torch.cuda.get_device_name()
+        raise ConfigError("--soc", f"{chip!r}, but the GPU here is {here} ({name})")
+
+
+def _records(dtype: str, quant_sim: bool) -> tuple[str, str]:
+    """Rows that are rounded anyway are kept in the bytes they need."""
+    return ("fp8_584", "fp4_68") if quant_sim and dtype == "bf16" else (dtype, dtype)
+
+
 _INT8 = "INT8 checkpoints are made for A2 and A3; CUDA runs the FP8 and FP4 one they are made of"
 
 CUDA = Backend(
@@ -40,6 +56,8 @@ CUDA = Backend(
     device=lambda: "cpu" if _is_interpreting() else "cuda",
     why_unavailable=_why_unavailable,
     proof=_proof,
+    use_chip=_use_chip,
+    records=_records,
     missing=dict.fromkeys(("int8_act_quant", "int8_gemm", "grouped_int8_gemm"), _INT8),
 )
 

@@ -1,7 +1,8 @@
-"""What CUDA runs: every Triton launch function, and plain torch where that is the right choice."""
+"""What CUDA runs: kernels for its tensor cores, the shared Triton ones, and plain torch."""
 
 from __future__ import annotations
 
+from v4_ascend.backends.cuda import limits
 from v4_ascend.backends.triton.limits import MODULES
 from v4_ascend.backends.triton.registry import register
 from v4_ascend.ops import OPS
@@ -9,8 +10,9 @@ from v4_ascend.ops import OPS
 # They move rows, talk to other ranks, or draw one token a sequence: torch does it on the device.
 PLAIN_TORCH = ("moe_permute", "moe_unpermute", "moe_dispatch", "moe_combine", "sample")
 
-for _module, _ops in MODULES.items():
-    for _op, _refuses in _ops.items():
-        register(OPS[_op], _module, _refuses)
+for _folder, _modules in (("cuda", limits.MODULES), ("triton", MODULES)):
+    for _module, _ops in _modules.items():
+        for _op, _refuses in _ops.items():
+            register(OPS[_op], f"{_folder}.{_module}", _refuses)
 for _op in PLAIN_TORCH:
     OPS[_op].kernel("cuda", provider="torch")(OPS[_op].reference)

@@ -1,4 +1,4 @@
-"""Registers launch functions of `backends.triton` by name: triton is imported at the first call."""
+"""Registers launch functions by name: triton is imported at the first call of one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from v4_ascend.ops.op import Op
 
 @cache
 def load(module: str, name: str) -> Callable[..., Any]:
-    """Import a launch function, the interpreter mended first."""
+    """Import a launch function of ``backends.MODULE``, the interpreter mended first."""
     from v4_ascend.backends.triton.interpreter import mend
 
     mend()
-    launch: Callable[..., Any] = getattr(import_module(f"v4_ascend.backends.triton.{module}"), name)
+    launch: Callable[..., Any] = getattr(import_module(f"v4_ascend.backends.{module}"), name)
     return launch
 
 
@@ -27,12 +27,12 @@ def register(
     *,
     backend: str = "cuda",
 ) -> None:
-    """Let `op` run ``backends.triton.MODULE.OP``."""
+    """Let `op` run ``backends.MODULE.OP``; `module` is of the folder whose kernels they are."""
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return load(module, op.name)(*args, **kwargs)
 
-    kernel.__name__ = f"triton_{op.name}"
-    kernel.__doc__ = f"Launch backends.triton.{module}.{op.name}."
+    kernel.__name__ = f"{module.partition('.')[0]}_{op.name}"
+    kernel.__doc__ = f"Launch backends.{module}.{op.name}."
     kernel.__signature__ = op.signature  # type: ignore[attr-defined]  # inspect honours it
     op.kernel(backend, provider="triton", why_not=why_not)(kernel)

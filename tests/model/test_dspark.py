@@ -9,6 +9,7 @@ from dspark_reference import Reference
 
 from v4_ascend.config.inventory import inventory
 from v4_ascend.config.model import DSparkConfig
+from v4_ascend.model.dspark import Targets
 from v4_ascend.ops import fp8_round_trip
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 
@@ -53,9 +54,10 @@ def means(model):
 
 def take(model, cache, chunks, dspark=None):
     """One step: the network, and the drafter's keys of its tokens."""
-    dspark, seen, batch = dspark or model.dspark, {}, cache.batch(chunks)
-    model(batch, cache.layers, dspark.observer(seen))
-    dspark.take(seen, batch, cache.layers[SPARK.n_layers :])
+    dspark, batch = dspark or model.dspark, cache.batch(chunks)
+    targets = Targets(dspark.dspark, model.shard.layers)
+    model(batch, cache.layers, targets.observe)
+    dspark.take(targets.seen, batch, cache.layers[SPARK.n_layers :])
 
 
 def fed(model, sizes, slot=0, cache=None):

@@ -10,6 +10,7 @@ from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
+from v4_ascend.model.dspark import Targets
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.runtime.load import load_model
@@ -76,9 +77,10 @@ def test_dsparks_guesses_are_the_dense_drafters_behind_hfs_streams(tmp_path):
     model = load_model(checkpoint, numerics, with_drafter=True, progress=lambda done, total: None)
     cache, drafter = caches(config), model.dspark
     for first, end in ((0, 130), (130, N - 1)):
-        streams, batch = {}, cache.batch([Chunk(0, ids[first:end], first)])
-        model(batch, cache.layers, drafter.observer(streams))
-        drafter.take(streams, batch, cache.layers[config.n_layers :])
+        batch = cache.batch([Chunk(0, ids[first:end], first)])
+        targets = Targets(config.dspark, model.shard.layers)
+        model(batch, cache.layers, targets.observe)
+        drafter.take(targets.seen, batch, cache.layers[config.n_layers :])
     got = model.draft_blocks(
         cache.block([0], [N - 1], [[ids[-1], 500, 500, 500, 500]]), cache.layers
     )

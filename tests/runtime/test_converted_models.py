@@ -87,9 +87,9 @@ def test_a_drafter_is_converted_and_sharded_with_the_rest(tmp_path):
 def guesses(plan, folder):
     with use_policy(kernels="reference"), torch.inference_mode():
         at = plan.model_copy(update={"checkpoint": str(folder)})
-        engine, seen = Engine.load(at, lambda done, total: None), {}
+        engine = Engine.load(at, lambda done, total: None)
         model, layers = engine.model, engine.cache.layers
         batch = engine.cache.batch([Chunk(0, range(60, 100), 0)])
-        model(batch, layers, model.dspark.observer(seen))
-        model.dspark.take(seen, batch, layers[model.config.n_layers :])
+        model(batch, layers, engine.targets.observe)
+        model.dspark.take(engine.targets.seen, batch, layers[model.config.n_layers :])
         return model.draft_blocks(engine.cache.block([0], [40], [[5, *[500] * 4]]), layers)

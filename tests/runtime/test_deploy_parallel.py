@@ -102,7 +102,7 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box, of_on
 def test_ranks_that_draft_answer_as_one_does_that_does_not(box, of_one):
     _, want = of_one
     layout = "layout={dp_size: 2, tp_size: 2, ep_size: 4}"
-    options = ("--set", layout, "--set", DEVICES, "--set", "serve.n_draft_tokens=1")
+    options = ("--set", layout, "--set", DEVICES, "--set", "serve.n_draft_tokens=2")
     four = box.run("deploy", "--topology", box.topology, *options, "--detach")
     assert four.returncode == 0, four.stderr
     try:

@@ -1,5 +1,7 @@
 """The scheduler alone, with a model that is arithmetic and caches that are checked."""
 
+from collections import deque
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -140,12 +142,14 @@ class Machine:
 
 
 def run(scheduler, machine, on_step=lambda number: None):
-    got, finished, number = {}, [], 0
-    while (step := scheduler.next_step()) is not None:
-        on_step(number)
-        number += 1
-        assert number < 3000
-        for token in scheduler.apply(machine.run(step)):
+    got, finished, number, flying = {}, [], 0, deque()
+    while scheduler.n_requests:
+        while (step := scheduler.next_step()) is not None:
+            on_step(number)
+            number += 1
+            assert number < 3000
+            flying.append(machine.run(step))
+        for token in scheduler.apply(flying.popleft()):
             got.setdefault(token.request, []).append(token.sampled.token_id)
             if token.finish:
                 finished.append(token.request)
@@ -173,15 +177,31 @@ SHAPES = st.lists(
     luck=st.integers(1, 4),
     cancelled=st.sets(st.integers(0, 11)),
     when=st.integers(0, 9),
+    n_groups=st.integers(1, 2),
+    n_in_flight=st.integers(1, 3),
 )
 def test_every_request_ends_once_with_the_tokens_it_gets_alone(
-    shapes, n_slots, max_chunk, n_pages, n_snapshots, n_drafts, page, luck, cancelled, when
+    shapes,
+    n_slots,
+    max_chunk,
+    n_pages,
+    n_snapshots,
+    n_drafts,
+    page,
+    luck,
+    cancelled,
+    when,
+    n_groups,
+    n_in_flight,
 ):
-    """However few pages and snapshots there are, and however many guesses are right."""
+    """However few pages and snapshots there are, and however many guesses are right.
+
+    Steps in flight are computed in their order, and laid out before those in front are known.
+    """
     more = {"n_pages": n_pages, "n_snapshots": n_snapshots, "n_drafts": n_drafts}
     more |= dict(zip(("page_tokens", "group_tokens"), page, strict=True))
     room = limits(n_slots, max_chunk, min_acceptance=0.0, **more)
-    scheduler = Scheduler(room, eos_id=EOS)
+    scheduler = Scheduler(room, eos_id=EOS, n_groups=n_groups, n_in_flight=n_in_flight)
 
     def guess(ids, n):
         """Now and then none, or fewer than there may be, or more right than wrong ones."""
@@ -191,7 +211,7 @@ def test_every_request_ends_once_with_the_tokens_it_gets_alone(
             guesses.append(next_token([*ids, *guesses]) if right else 2)
         return guesses
 
-    machine = Machine(room, guess=guess)
+    machine = Machine(room, n_groups, guess=guess)
     requests = [request(n, *shape) for n, shape in enumerate(shapes)]
     for r in requests:
         scheduler.add(r)

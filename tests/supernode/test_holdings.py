@@ -1,5 +1,7 @@
 """What a rank reads, and in which order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from v4_ascend.config.presets import preset_path
 from v4_ascend.config.topology import load_topology
 from v4_ascend.errors import ConfigError, NotYetError
 from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.supernode.holdings import holdings
 from v4_ascend.supernode.planning import deploy_plan
@@ -20,26 +23,38 @@ TWO = "cluster.supernodes=[{name: a, host_count: 1, devices_per_host: 2}]"
 
 
 @pytest.mark.parametrize(
-    ("model", "format", "n_drafts"),
-    [(TINY, "fp8", 0), (TINY, "fp8", 1), (TINY, "fp32", 1), (SPARK, "fp8", 5), (SPARK, "fp32", 0)],
+    ("model", "format", "n_drafts", "n_stages"),
+    [
+        (TINY, "fp8", 0, 1),
+        (TINY, "fp8", 1, 1),
+        (TINY, "fp32", 1, 2),
+        (SPARK, "fp8", 5, 1),
+        (SPARK, "fp8", 5, 2),
+        (SPARK, "fp32", 0, 2),
+    ],
 )
-def test_the_order_is_that_in_which_a_model_asks(tmp_path, model, format, n_drafts):
+def test_the_order_is_that_in_which_a_model_asks(tmp_path, model, format, n_drafts, n_stages):
+    """The drafter, and the embedding for it, are the last stage's."""
     config = in_format(model, format)
     write_synthetic(config, tmp_path / "c", seed=0)
-    checkpoint = Checkpoint(tmp_path / "c")
+    checkpoint, numerics = Checkpoint(tmp_path / "c"), Numerics.of(config, "fp32", "auto")
     asked = []
 
     def source(name: str) -> torch.Tensor:
         asked.append(name)
         return checkpoint.tensor(name)
 
-    Transformer.read(source, config, Numerics.of(config, "fp32", "auto"), with_drafter=n_drafts > 0)
-    plan = deploy_plan(load_topology("laptop", [f"serve.n_draft_tokens={n_drafts}"]), config)
-    held = holdings(config, plan, plan.ranks[0])
-    assert list(held) == asked
-    for name, h in held.items():
-        header = checkpoint.headers[name]
-        assert (h.spec.dtype, h.spec.shape, h.part) == (header.dtype, header.shape, None)
+    settings = [f"serve.n_draft_tokens={n_drafts}", f"layout={{pp_size: {n_stages}}}", TWO]
+    plan = deploy_plan(load_topology("laptop", settings), config)
+    for rank in plan.ranks:
+        asked.clear()
+        shard = replace(Shard.whole(config), layers=rank.layers)
+        Transformer.read(source, config, numerics, with_drafter=n_drafts > 0, shard=shard)
+        held = holdings(config, plan, rank)
+        assert list(held) == asked
+        for name, h in held.items():
+            header = checkpoint.headers[name]
+            assert (h.spec.dtype, h.spec.shape, h.part) == (header.dtype, header.shape, None)
 
 
 @pytest.mark.parametrize(
@@ -67,20 +82,14 @@ def test_caches_for_less_than_one_request_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("config", "asked", "error", "says"),
+    ("config", "asked", "says"),
     [
-        (TINY, ["serve.n_draft_tokens=2"], NotYetError, "2 tokens of an MTP module: not yet"),
-        (SPARK, ["serve.n_draft_tokens=6"], ConfigError, "6; the checkpoint's drafter guesses 5"),
-        (
-            SPARK,
-            ["serve.n_draft_tokens=4", "layout={pp_size: 2}", TWO],
-            NotYetError,
-            "drafts with pp2 dp1 tp1 ep1: not yet; pp_size and cp_size must be 1",
-        ),
+        (TINY, ["serve.n_draft_tokens=128"], "128; no draft ends a group of 128 tokens"),
+        (SPARK, ["serve.n_draft_tokens=6"], "6; the checkpoint's drafter guesses 5"),
     ],
 )
-def test_drafts_that_cannot_be_made_are_refused(config, asked, error, says):
-    with pytest.raises(error, match=says):
+def test_drafts_that_cannot_be_made_are_refused(config, asked, says):
+    with pytest.raises(ConfigError, match=says):
         deploy_plan(load_topology("laptop", asked), config)
 
 

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from v4_ascend.config.devices import device_profile
 from v4_ascend.config.inventory import inventory
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
-from v4_ascend.config.topology import ParallelConfig
+from v4_ascend.config.topology import ParallelConfig, load_topology
 from v4_ascend.runtime.kv_cache import KVCache
 from v4_ascend.supernode.cache import (
     SPEC_RECORDS,
@@ -19,9 +20,12 @@ from v4_ascend.supernode.cache import (
     window_bytes,
 )
 from v4_ascend.supernode.collective_buffers import min_buffsize_mb
+from v4_ascend.supernode.holdings import bytes_read, holdings
 from v4_ascend.supernode.memory import MemoryModel, Serving
+from v4_ascend.supernode.plan import Rank
+from v4_ascend.supernode.planning import deploy_plan
 from v4_ascend.supernode.versus_v32 import v4_token, v32_token
-from v4_ascend.supernode.weights import layer_weights, model_bytes
+from v4_ascend.supernode.weights import Group, layer_weights, model_bytes
 
 MODELS = {
     m: ModelConfig.read(preset_path(m))
@@ -162,17 +166,33 @@ def test_memory_grows_with_context_and_concurrency(context, more, n, more_n):
     assert a.fits(context) or not b.fits(context)
 
 
+@pytest.mark.parametrize("name", ["flash", "flash-0731", "pro", "tiny"])
+def test_planned_weights_of_stages_that_draft_are_what_ranks_read_to_the_byte(name):
+    config = MODELS[name]
+    model = MemoryModel(config, DT, serving(n_draft_tokens=1))
+    cut, middle = ParallelConfig(pp_size=2), config.n_layers // 2
+    plan = deploy_plan(load_topology("laptop", ["serve.n_draft_tokens=1"]), MODELS["tiny"])
+    plan = plan.model_copy(update={"parallel": cut})
+    for layers in ((0, middle), (middle, config.n_layers)):
+        terms = model.stage(cut, layers, 1).terms
+        rank = Rank(rank=0, host="a", layers=layers, experts=(0, config.n_routed_experts))
+        planned = sum(terms.get(group, 0) for group in get_args(Group)) + terms["experts"]
+        assert planned == bytes_read(holdings(config, plan, rank))
+
+
+@pytest.mark.parametrize("layers", [(0, 6), (0, 3), (3, 6)])
 @pytest.mark.parametrize(
     ("name", "n_drafts", "max_model_len"),
-    [("tiny", 0, 512), ("tiny", 1, 512), ("tiny-dspark", 5, 512), ("tiny-dspark", 1, 1024)],
+    [("tiny", 0, 512), ("tiny", 3, 512), ("tiny-dspark", 5, 512), ("tiny-dspark", 1, 1024)],
 )
-def test_planned_caches_are_those_a_rank_allocates(name, n_drafts, max_model_len):
+def test_planned_caches_are_those_a_rank_allocates(name, n_drafts, max_model_len, layers):
     """Windows and states of three requests, and their rows, the drafter's too: to the byte."""
     config = MODELS[name]
     how = {"max_model_len": max_model_len, "max_chunk": 512, "n_draft_tokens": n_drafts}
     model = MemoryModel(config, DT, serving(engine="native", n_snapshots=2, **how))
     model.records = RecordBytes.of(config, "plain", "plain", "fp32")
-    memory = model.stage(ParallelConfig(), (0, config.n_layers), 3)
+    memory = model.stage(ParallelConfig(), layers, 3)
+    drafts = n_drafts > 0 and layers[1] == config.n_layers
     cache = KVCache(
         config,
         n_slots=3,
@@ -180,7 +200,7 @@ def test_planned_caches_are_those_a_rank_allocates(name, n_drafts, max_model_len
         max_chunk=512,
         kv_record="fp32",
         index_record="fp32",
-        layers=(0, config.n_layers + (config.n_draft_layers if n_drafts else 0)),
+        layers=(layers[0], layers[1] + (config.n_draft_layers if drafts else 0)),
         n_snapshots=2,
         n_drafts=n_drafts,
     )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.plan_simulation import decode_pipeline
 from v4_ascend.supernode.planning import plan_for, ranks_of
 from v4_ascend.supernode.rules import CHECKS, all_rules
 from v4_ascend.supernode.stages import balance
@@ -170,6 +171,23 @@ def test_stages_cover_layers_once_and_are_balanced(costs, pp, last):
     assert all(a < b for a, b in stages)
     worst = max(sum(costs[a:b]) + (last if b == len(costs) else 0) for a, b in stages)
     assert worst <= (sum(costs) + last) / pp + max(costs) + last + 1e-3 * sum(costs)
+
+
+def test_the_last_stage_is_timed_with_its_drafter_and_boundaries_with_what_it_is_fed():
+    asked = ["model.name=v4-flash-0731", *golden_plans.cluster("ascend-a3-64", 2, 16)]
+    asked += ["layout={pp_size: 2, dp_size: 16, ep_size: 16}", "runtime.fallback=reference"]
+    tails, boundaries = [], []
+    for n_drafts in (0, 5):
+        (pool,) = plan(*asked, f"serve.n_draft_tokens={n_drafts}")
+        tails.append(decode_pipeline(pool, pool.chosen).tail_s)
+        model = pool.search.time_model(pool.chosen.parallel)
+        # Target layers are 40, 41 and 42.
+        ends = [model.boundary_s(10**6, ((0, n), (n, 43))) for n in (40, 41, 42)]
+        boundaries.append([s - model.boundary_s(0, ((0, 40), (40, 43))) for s in ends])
+    assert tails[1] > 1.5 * tails[0]
+    plain, with_drafts = boundaries
+    assert plain == [plain[0]] * 3
+    assert with_drafts == pytest.approx([plain[0] * (4 + n) / 4 for n in range(3)])
 
 
 def test_every_expert_is_on_a_rank_of_each_group_and_every_layer_on_one_stage():

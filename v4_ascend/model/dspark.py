@@ -13,7 +13,7 @@ V4.1 takes the streams in front of its target layers, these models behind them (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,36 @@ from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.block import Block, Head, Mixer
 from v4_ascend.model.linear import Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import Shard
-from v4_ascend.ops import rms_norm
+from v4_ascend.model.shard import Shard, gathered
+from v4_ascend.ops import Group, rms_norm
+
+
+class Targets:
+    """Means of a step's streams behind the target layers, by layer: what the drafter is fed.
+
+    Stages hand on those of all layers so far, behind the streams: [n, hc_mult + n_targets, dim].
+    """
+
+    def __init__(self, dspark: DSparkConfig, layers: tuple[int, int]) -> None:
+        ids = dspark.target_layer_ids
+        self.before = [n for n in ids if n < layers[0]]
+        self._so_far = [n for n in ids if n < layers[1]]
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def observe(self, layer: int, x: torch.Tensor) -> None:
+        """See what leaves a layer here."""
+        if layer in self._so_far:
+            self.seen[layer] = x.mean(1)
+
+    def unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        """Keep what the stage before has handed on; return the streams."""
+        n = x.shape[1] - len(self.before)
+        self.seen = dict(zip(self.before, x[:, n:].unbind(1), strict=True))
+        return x[:, :n].contiguous()
+
+    def packed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the streams and what is handed on with them; nothing of it is kept."""
+        return torch.cat((x, *(self.seen.pop(n).unsqueeze(1) for n in self._so_far)), dim=1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,7 @@ class DSpark:
     confidence: torch.Tensor
     config: ModelConfig
     dspark: DSparkConfig
+    cp: Group
 
     @classmethod
     def read(
@@ -98,47 +127,46 @@ class DSpark:
             confidence=read_plain(source, f"{at}.confidence_head.proj", fp32),
             config=config,
             dspark=dspark,
+            cp=shard.cp,
         )
-
-    def observer(self, seen: dict[int, torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
-        """Return what keeps of the streams behind each target layer their mean, by layer."""
-
-        def observe(layer: int, x: torch.Tensor) -> None:
-            if layer in self.dspark.target_layer_ids:
-                seen[layer] = x.mean(1)
-
-        return observe
 
     def take(
         self, seen: Mapping[int, torch.Tensor], batch: Batch, caches: Sequence[LayerCache]
     ) -> None:
         """Write the keys of a step's tokens, prompts among them, to the stages' windows.
 
-        `seen` has the means [n_tokens, dim] behind the target layers; `caches` are the stages'.
+        `seen` has the means [n_own, dim] behind the target layers; `caches` are the stages'.
         """
         main = self.main_proj(torch.cat([seen[n] for n in self.dspark.target_layer_ids], dim=-1))
         main = rms_norm(main, self.main_norm, self.config.norm_eps)
+        main = gathered(main, batch.n_tokens, self.cp)
         for stage, cache in zip(self.stages, caches, strict=True):
             stage.attn.write(main, batch, cache)
 
     def __call__(
-        self, x: torch.Tensor, block: Batch | None, caches: Sequence[LayerCache]
+        self,
+        x: torch.Tensor,
+        block: Batch | None,
+        own: Batch | None,
+        caches: Sequence[LayerCache],
     ) -> Guesses:
         """Guess `block_size` tokens for every sequence of `block`, a batch of its tokens.
 
-        A `block` of None has no tokens: the rank only serves the stages' experts.
+        `own` has the tokens of `x`, as in `Block`. A `block` of None has no tokens: the rank only
+        serves the stages' experts.
 
         Shapes:
-            x  [n_tokens, dim]: the tokens' embeddings
+            x  [n_own, dim]: the tokens' embeddings
         """
         x = x.unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         for stage, cache in zip(self.stages, caches, strict=True):
-            x = stage(x, block, block, cache)
-        n, size = len(x) // self.dspark.block_size, self.dspark.block_size
+            x = stage(x, block, own, cache)
+        size = self.dspark.block_size
         if block is None:
             nothing = x.new_empty(0, size, dtype=torch.float32)
             return Guesses(nothing.long(), nothing.unsqueeze(-1), nothing)
-        hidden = self.head.collapse(x)
+        hidden = gathered(self.head.collapse(x), block.n_tokens, self.cp)
+        n = len(hidden) // size
         base = self.head.project(hidden).unflatten(0, (n, size))
         before = block.input_ids.unflatten(0, (n, size))[:, 0]
         ids, logits, traits = [], [], []

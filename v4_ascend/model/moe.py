@@ -134,7 +134,7 @@ class MoE:
         if self.slots is not None:
             ids = self.slots(ids)
         # Every token's, so it needs nobody, and is computed while rows travel.
-        everyone = torch.tensor([x.shape[0]], device=x.device)
+        everyone = torch.full((1,), x.shape[0], device=x.device)
         side = side_stream(x.device) if self.ep.size > 1 else None
         with side.begun() if side else nullcontext():
             shared = self.shared_experts(x, everyone, None)

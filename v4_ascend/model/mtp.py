@@ -1,4 +1,7 @@
-"""The drafter of the April releases: one more block, which guesses one token ahead."""
+"""The drafter of the April releases: one more block, which guesses one token ahead.
+
+For further guesses it is given its own streams, as vLLM does it; the published code ends at one.
+"""
 
 from __future__ import annotations
 
@@ -54,17 +57,22 @@ class MTP:
         )
 
     def __call__(
-        self, x: torch.Tensor, embedded: torch.Tensor, batch: Batch | None, cache: LayerCache
+        self,
+        x: torch.Tensor,
+        embedded: torch.Tensor,
+        batch: Batch | None,
+        own: Batch | None,
+        cache: LayerCache,
     ) -> torch.Tensor:
-        """Return the module's streams of each token.
+        """Return the module's streams of each token of `own`, as `Block` has it.
 
-        A `batch` of None has no tokens: the rank only serves the module's experts.
+        Without tokens the rank only serves the module's experts.
 
         Shapes:
-            x         [n_tokens, hc_mult, dim]: streams behind the last layer
-            embedded  [n_tokens, dim]: embeddings of the tokens that follow
+            x         [n_own, hc_mult, dim]: streams behind the last layer
+            embedded  [n_own, dim]: embeddings of the tokens that follow
         """
         eps = self.head.config.norm_eps
         e = self.e_proj(rms_norm(embedded, self.enorm, eps))
         h = self.h_proj(rms_norm(x, self.hnorm, eps).flatten(0, 1)).view_as(x)
-        return self.block(e.unsqueeze(1) + h, batch, batch, cache)
+        return self.block(e.unsqueeze(1) + h, batch, own, cache)

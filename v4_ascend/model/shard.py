@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -98,6 +100,18 @@ def gathered(x: torch.Tensor, n: int, group: Group) -> torch.Tensor:
     if group.size == 1:
         return x
     return torch.cat(list(group.all_gather(x, shares(n, group.size))))
+
+
+def rows_of(x: torch.Tensor, rows: Sequence[int], n: int, group: Group) -> torch.Tensor:
+    """Return rows [len(rows), ...], in ascending order, of `n` tokens that are split in shares."""
+    ends = list(accumulate(shares(n, group.size)))
+    cuts = [0, *(bisect_left(rows, end) for end in ends)]
+    first = ends[group.rank] - len(x)
+    mine = [row - first for row in rows[cuts[group.rank] : cuts[group.rank + 1]]]
+    x = x[torch.tensor(mine, dtype=torch.int64, device=x.device)]
+    if group.size == 1:
+        return x
+    return torch.cat(list(group.all_gather(x, [b - a for a, b in pairwise(cuts)])))
 
 
 def to_tokens(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -14,7 +14,7 @@ from v4_ascend.model.dspark import DSpark, Guesses
 from v4_ascend.model.linear import Source, read_plain
 from v4_ascend.model.mtp import MTP
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import Shard, span_of
+from v4_ascend.model.shard import Shard, rows_of, span_of
 
 # Sees a layer's number and its output streams.
 Observer = Callable[[int, torch.Tensor], None]
@@ -25,7 +25,8 @@ class Transformer:
     """A model, or the part of it that one rank runs.
 
     `caches` arguments hold one `LayerCache` for each layer here, those that draft last. `embed`
-    is on the first stage, `head` on the last; a whole network may have a drafter, MTP or DSpark.
+    is on the first stage, `head` on the last, and with it a drafter, MTP or DSpark, if one is
+    wanted; it embeds tokens too.
     """
 
     config: ModelConfig
@@ -47,17 +48,13 @@ class Transformer:
         with_drafter: bool,
         shard: Shard | None = None,
     ) -> Transformer:
-        """Read every tensor the shard needs, each once, in the checkpoint's order.
-
-        Raises:
-            ValueError: a drafter is wanted of a part that is not the whole.
-        """
+        """Read every tensor the shard needs, each once, in the checkpoint's order."""
         if shard is None:
             shard = Shard.whole(config)
         first, end = shard.layers
-        if with_drafter and (first, end) != (0, config.n_layers):
-            raise ValueError("a drafter needs the whole network on one rank")
-        embed = read_plain(source, "embed", numerics.dtype) if first == 0 else None
+        has_drafter = with_drafter and end == config.n_layers
+        embeds = first == 0 or has_drafter
+        embed = read_plain(source, "embed", numerics.dtype) if embeds else None
         layers = [
             Block.read(source, f"layers.{n}", config, n, numerics, shard) for n in range(first, end)
         ]
@@ -67,7 +64,7 @@ class Transformer:
             norm = read_plain(source, "norm", torch.float32)
             head = Head(Mixer.read(source, "hc_head"), norm, weight, config, shard.tp)
         mtp, dspark = [], None
-        if with_drafter and head is not None:
+        if has_drafter and head is not None:
             of_drafter = (numerics, head.weight, shard)
             if config.dspark is not None:
                 dspark = DSpark.read(source, config, config.dspark, *of_drafter)
@@ -79,10 +76,10 @@ class Transformer:
         """Look tokens up, [n] to [n, dim]; TP ranks have a part of the vocabulary each.
 
         Raises:
-            ValueError: this is not the first stage.
+            ValueError: this is not the first stage, and does not draft.
         """
         if self.embed is None:
-            raise ValueError("only the first stage embeds")
+            raise ValueError("only the first stage embeds, and one that drafts")
         tp = self.shard.tp
         if tp.size == 1:
             return self.embed[ids]
@@ -150,21 +147,26 @@ class Transformer:
         next_ids: torch.Tensor,
         batch: Batch | None,
         caches: Sequence[LayerCache],
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Predict the token after the next one by MTP, fp32 logits of every token or of `rows`.
+        rows: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict the token after the next one by MTP: streams and logits of some of the tokens.
 
         A `batch` of None has no tokens: the rank only serves the drafter's experts.
 
         Shapes:
-            x         [n_tokens, hc_mult, dim]: streams of this step, as `__call__` returned them
+            x         [n_own, hc_mult, dim]: streams of this step, as `__call__` returned them
             next_ids  [n_tokens]  int64: the token that follows each one
-            rows      [n_rows]  int64
-            return    [n_tokens or n_rows, vocab_size]
+            rows      of tokens, in ascending order
+            return    [len(rows), hc_mult, dim], and [len(rows), vocab_size] fp32
         """
-        mtp = self.mtp[0]
-        x = mtp(x, self.embedded(next_ids), batch, caches[self.config.n_layers])
-        return mtp.head(x if rows is None else x[rows])
+        mtp, own, n = self.mtp[0], None, 0
+        if batch is not None:
+            own, n = self.own(batch), batch.n_tokens
+        first, end = span_of(n, self.shard.cp)
+        embedded = self.embedded(next_ids[first:end])
+        x = mtp(x, embedded, batch, own, caches[len(self.layers)])
+        x = rows_of(x, rows, n, self.shard.cp)
+        return x, mtp.head(x)
 
     def draft_blocks(self, block: Batch | None, caches: Sequence[LayerCache]) -> Guesses:
         """Guess a block of tokens for each sequence of `block` by DSpark.
@@ -176,5 +178,6 @@ class Transformer:
         """
         if self.dspark is None:
             raise ValueError("only DSpark drafts blocks")
-        x = self.embedded(block.input_ids) if block is not None else self.no_streams()[:, 0]
-        return self.dspark(x, block, caches[self.config.n_layers :])
+        own = self.own(block) if block is not None else None
+        x = self.embedded(own.input_ids) if own is not None else self.no_streams()[:, 0]
+        return self.dspark(x, block, own, caches[len(self.layers) :])

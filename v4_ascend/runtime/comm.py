@@ -177,8 +177,9 @@ class Groups:
         if self.previous is None:
             raise ValueError("the first stage receives nothing")
         x = torch.empty(*shape, dtype=dtype, device=device)
-        with self.flight.exchange("pp", f"receive from rank {self.previous}", x, sends=False):
-            dist.recv(_bytes(x), src=self.previous)
+        if len(x):
+            with self.flight.exchange("pp", f"receive from rank {self.previous}", x, sends=False):
+                dist.recv(_bytes(x), src=self.previous)
         return x
 
     def barrier(self) -> None:
@@ -187,9 +188,14 @@ class Groups:
             dist.barrier()
 
     def send(self, x: torch.Tensor) -> dist.Work | None:
-        """Begin to send streams to the next stage; keep `x` until the work is done."""
+        """Begin to send streams to the next stage; keep `x` until the work is done.
+
+        None where there is nothing to send: no token is here.
+        """
         if self.following is None:
             raise ValueError("the last stage sends nothing")
+        if not len(x):
+            return None
         self.flight.count("pp", x)
         return dist.isend(_bytes(x), dst=self.following)
 

@@ -70,8 +70,7 @@ class Dispatcher:
         self._parts: dict[int, list[StepResult]] = {}
         self._sent: dict[int, float] = {}  # step -> when
         self._was_ready = False
-        p = self.plan.parallel
-        self._n_answers = p.dp_size * p.cp_size  # of each step: one rank of each TP group
+        self._n_answers = self.plan.parallel.dp_size  # of each step: one rank of each DP group
 
     def drain(self) -> None:
         """From now on answer new requests with 503; those that are here go on."""

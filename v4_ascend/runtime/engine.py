@@ -14,8 +14,9 @@ from v4_ascend.checkpoint.sources import whole
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch
+from v4_ascend.model.dspark import Targets
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.shard import gathered, span_of
+from v4_ascend.model.shard import gathered, rows_of, span_of
 from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.drafter import drafter_of
@@ -27,6 +28,8 @@ from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
 from v4_ascend.supernode.plan import Plan
+
+SENDS = 4  # streams on their way to the next stage, which is hardly further behind
 
 
 class Engine:
@@ -60,7 +63,7 @@ class Engine:
         self.sampler = Sampler(
             model.config.vocab_size, model.config.eos_token_id, self.device, guides
         )
-        self._sends: deque[tuple[torch.Tensor, Work | None]] = deque()
+        self._sends: deque[tuple[torch.Tensor, Work]] = deque()
         self.cache = KVCache(
             model.config,
             n_slots=max_batch_size,
@@ -76,7 +79,9 @@ class Engine:
             n_drafts=n_drafts,
         )
         first = self.groups.dp_rank * max_batch_size
-        self.drafter = drafter_of(model, self.cache, first, n_drafts, min_confidence)
+        dspark = model.config.dspark
+        self.targets = Targets(dspark, model.shard.layers) if dspark and n_drafts else None
+        self.drafter = drafter_of(model, self.cache, self.targets, first, n_drafts, min_confidence)
 
     @classmethod
     def load(
@@ -100,7 +105,7 @@ class Engine:
         model = load_rank(checkpoint, plan, groups, numerics, progress=progress, device=device)
         limits = limits_of(plan, config)
         guides = None
-        if model.head is not None and groups.tp.rank == 0:  # it draws tokens
+        if model.head is not None and groups.tp.rank == groups.cp.rank == 0:  # it draws tokens
             guides = GuideFactory(ChatTokenizer.load(folder), config.vocab_size)
         return cls(
             model,
@@ -125,8 +130,8 @@ class Engine:
 
     @property
     def answers(self) -> bool:
-        """Whether this rank draws tokens: it is on the last stage, the first of its TP group."""
-        return self.model.head is not None and self.groups.tp.rank == 0
+        """Whether this rank draws tokens: on the last stage, the first of its DP group."""
+        return self.model.head is not None and self.groups.tp.rank == self.groups.cp.rank == 0
 
     @property
     def is_exact(self) -> bool:
@@ -142,9 +147,9 @@ class Engine:
     def step(self, step: Step) -> StepResult:
         """Run the next tokens of this rank's sequences; draw where one asks for it.
 
-        With CP, the rank that has a sequence's last token draws. Other ranks return no tokens.
-        A draft that is drawn itself lets what is drawn behind it count too: the same tokens as
-        without, as a drawn token depends on logits, seed and position alone.
+        Ranks that do not draw return no tokens. A draft that is drawn itself lets what is drawn
+        behind it count too: the same tokens as without, as a drawn token depends on logits, seed
+        and position alone.
 
         Raises:
             ValueError: drafts are wanted of a model that was read without its drafter.
@@ -156,14 +161,13 @@ class Engine:
             self.cache.place(s.slot - first, s.first_page, s.pages)
             if s.restore is not None:
                 self.cache.restore(s.slot - first, s.start, s.restore)
-        drafter = self.drafter if step.drafts else None
-        if step.drafts and drafter is None:
+        if step.drafts and self.drafter is None and self.model.head is not None:
             raise ValueError("the model was read without its drafter")
         chunks = [Chunk(s.slot - first, s.token_ids, s.start) for s in mine]
-        batch, streams = self._forward(chunks, drafter.observe if drafter else None)
+        batch, streams = self._forward(chunks, targets=self.targets if step.drafts else None)
         drawn = self._draw(mine, batch, streams) if batch is not None else []
-        if drafter is not None:
-            guesses = drafter(mine, drawn, batch, streams)
+        if step.drafts and self.drafter is not None:
+            guesses = self.drafter(mine, drawn, batch, streams)
             for tokens, ids in zip([t for t in drawn if t], guesses, strict=self.answers):
                 tokens[-1] = replace(tokens[-1], drafts=ids)
         for s in mine:
@@ -181,18 +185,20 @@ class Engine:
             return drawn
         if self.answers:
             self.sampler.take(mine)
-        begin, end = span_of(batch.n_tokens, self.model.shard.cp)
         wanted, rows = [], []
         for i, (s, stop) in enumerate(zip(mine, batch.cu_seqlens[1:].tolist(), strict=True)):
-            if s.sampling is None or not begin < stop <= end:
+            if s.sampling is None:
                 continue
             for n_behind in range(s.n_drafts, -1, -1):
                 ids = s.token_ids[: len(s.token_ids) - n_behind]
                 wanted.append((i, replace(s, token_ids=ids, n_drafts=s.n_drafts - n_behind)))
-                rows.append(stop - 1 - n_behind - begin)
+                rows.append(stop - 1 - n_behind)
         if not wanted:
             return drawn
-        logits = self.model.logits(streams[torch.tensor(rows, device=streams.device)])
+        streams = rows_of(streams, rows, batch.n_tokens, self.model.shard.cp)
+        if self.groups.cp.rank:
+            return drawn
+        logits = self.model.logits(streams)
         if not self.answers:
             return drawn
         tokens = self.sampler.draw([s for _, s in wanted], logits)
@@ -214,9 +220,15 @@ class Engine:
         return gathered(self.model.logits(streams), batch.n_tokens, self.model.shard.cp)
 
     def _forward(
-        self, chunks: Sequence[Chunk], observe: Observer | None = None
+        self,
+        chunks: Sequence[Chunk],
+        observe: Observer | None = None,
+        targets: Targets | None = None,
     ) -> tuple[Batch | None, torch.Tensor]:
-        """Run this stage: from the tokens or the stage before, on to the stage behind."""
+        """Run this stage: from the tokens or the stage before, on to the stage behind.
+
+        `targets` see the streams too, and travel with them.
+        """
         groups, model = self.groups, self.model
         batch = self.cache.batch(chunks) if chunks else None
         n_own = 0
@@ -226,26 +238,33 @@ class Engine:
         streams = None
         if groups.previous is not None:
             c = self.config
-            streams = model.no_streams()
-            if n_own:
-                shape = (n_own, c.hc_mult, c.dim)
-                streams = groups.receive(shape, model.numerics.dtype, self.device)
+            n = c.hc_mult + (len(targets.before) if targets is not None else 0)
+            streams = groups.receive((n_own, n, c.dim), model.numerics.dtype, self.device)
+            if targets is not None:
+                streams = targets.unpacked(streams)
+        if targets is not None:
+            observe = targets.observe
         x = model(batch, self.cache.layers, observe, streams=streams)
         if not bool(x.isfinite().all()):
             raise ParityError(
                 f"rank {groups.rank}: step {groups.flight.step}: layers {model.shard.layers[0]} to "
                 f"{model.shard.layers[1] - 1} made values that are not finite"
             )
-        if groups.following is not None and n_own:
-            self._send(x)
+        if groups.following is not None:
+            self._send(targets.packed(x) if targets is not None else x)
         return batch, x
 
     def _send(self, x: torch.Tensor) -> None:
-        """Send streams without waiting, and let go of those that have arrived."""
-        while self._sends and (work := self._sends[0][1]) is not None and work.is_completed():
+        """Send streams, and let go of those that have arrived; gloo says it only to who waits."""
+        while self._sends and self._sends[0][1].is_completed():
             self._sends.popleft()
+        if len(self._sends) == SENDS:
+            sent, work = self._sends.popleft()
+            with self.groups.flight.wait("pp", f"send to rank {self.groups.following}", sent):
+                work.wait()
         x = x.contiguous()
-        self._sends.append((x, self.groups.send(x)))
+        if (begun := self.groups.send(x)) is not None:
+            self._sends.append((x, begun))
 
     def sequence(
         self,

@@ -27,8 +27,14 @@ class Flight:
     def exchange(
         self, group: str, what: str, x: torch.Tensor, *, sends: bool = True
     ) -> Iterator[None]:
-        """Note that this rank is in an exchange; one that fails stays noted."""
+        """Count an exchange, and note that this rank is in it."""
         self.count(group, x, sends=sends)
+        with self.wait(group, what, x):
+            yield
+
+    @contextmanager
+    def wait(self, group: str, what: str, x: torch.Tensor) -> Iterator[None]:
+        """Note that this rank waits for another; a wait that fails stays noted."""
         self.waiting = f"step {self.step}: {group} {what} {str(x.dtype)[6:]}{list(x.shape)}"
         yield
         self.waiting = None

@@ -65,8 +65,8 @@ class KVCache:
         self.min_page_rows, self.n_drafts = min_page_rows, n_drafts
         layers = layers or (0, len(config.compress_ratios))
         ahead = 0
-        if config.dspark is not None and layers[1] > config.n_layers:
-            ahead = config.dspark.block_size  # a drafter's block goes on behind the last token
+        if layers[1] > config.n_layers:  # a drafter goes on behind the last token
+            ahead = config.dspark.block_size if config.dspark else max(0, n_drafts - 1)
         self.n_blocks = -(-(max_model_len + ahead) // BLOCK_TOKENS)
         ring = (max_chunk + config.window_size - 2) // BLOCK_TOKENS + 2
         self.ring_blocks = min(ring, self.n_blocks)

@@ -15,9 +15,9 @@ from v4_ascend.runtime.messages import Rules, Sampled, SequenceStep
 class Shaper:
     """Changes one request's logits by its rules, and by what was drawn so far.
 
-    The tokens come with the steps, as they do for the caches: nothing is sent twice, and with CP
-    a rank knows those that another one drew. Of the penalties: presence and frequency count
-    drawn tokens, repetition those of the prompt too, as vLLM and transformers have it.
+    The tokens come with the steps, as they do for the caches: nothing is sent twice. Of the
+    penalties: presence and frequency count drawn tokens, repetition those of the prompt too, as
+    vLLM and transformers have it.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Compile what the operators named on the command line launch, for a GPU that need not be here.
 
-python compile_sm.py 90 sparse_attn ...      one JSON line a specialisation
+python compile_sm.py 90 triton sparse_attn ...      one JSON line a specialisation
 """
 
 import json
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 def main():
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    for launch in {x for op in sys.argv[2:] for x in launches_of(op)}:
+    for launch in {x for op in sys.argv[3:] for x in launches_of(op, sys.argv[2])}:
         source = ASTSource(launch.fn, dict(launch.signature), dict(launch.constants))
         line = {"name": launch.name, "kernel": launch.fn.__name__}
         try:

@@ -1,0 +1,128 @@
+"""Token-wise compression in three launches: a product of bf16, the rows, the state."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from v4_ascend.backends import prepared
+from v4_ascend.backends.cuda.gemm import bf16_gemm
+from v4_ascend.backends.cuda.limits import BOTH_NARROW
+from v4_ascend.backends.cuda.ragged import position_of, request_of
+
+
+@triton.jit
+def _pool(
+    new, state, slots, seq_lens, cu_seqlens, ape, norm_weight, cos, sin, rows,
+    batch, width, dim, ratio, state_rows, pairs, eps,
+    OVERLAPS: tl.constexpr, BATCH: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Row r of the step: weigh its group's tokens per channel, norm, rotate."""
+    r = tl.program_id(0)
+    each = tl.arange(0, BATCH)
+    is_request = each < batch
+    begins = tl.load(cu_seqlens + each, is_request, 0)
+    lens = tl.load(seq_lens + each, is_request, 0)
+    starts = lens - (tl.load(cu_seqlens + each + 1, is_request, 0) - begins)
+    ends = tl.cumsum(lens // ratio - starts // ratio, 0)  # rows up to and including each request's
+    request = tl.sum(((ends <= r) & is_request).to(tl.int32), 0)
+    cols = tl.arange(0, DIM)
+    mask = cols < dim
+    out = rows + r.to(tl.int64) * dim
+    if request >= batch:
+        tl.store(out + cols, tl.zeros((DIM,), rows.dtype.element_ty), mask)
+    else:
+        before = tl.max(tl.where(each < request, ends, 0), 0)
+        begin = tl.sum(tl.where(each == request, begins, 0), 0)
+        start = tl.sum(tl.where(each == request, starts, 0), 0)
+        group = start // ratio + (r - before)
+        slot = tl.load(slots + request)
+        top = tl.full((DIM,), float("-inf"), tl.float32)
+        total = tl.zeros((DIM,), tl.float32)
+        acc = tl.zeros((DIM,), tl.float32)
+        # The previous group gives the first half of its channels, the own one the second.
+        first = (group - 1) * ratio if OVERLAPS else group * ratio
+        for token in range(tl.maximum(first, 0), (group + 1) * ratio):
+            at = tl.where(token >= group * ratio, width - dim, 0) + cols
+            is_new = token >= start
+            fresh = new + (begin + token - start).to(tl.int64) * 2 * width
+            carried = state + (slot * state_rows + token % state_rows) * 2 * width
+            kv = tl.load(fresh + at, mask & is_new, 0.0)
+            kv += tl.load(carried + at, mask & (token < start), 0.0)
+            score = tl.load(fresh + width + at, mask & is_new, 0.0)
+            score += tl.load(ape + token % ratio * width + at, mask & is_new, 0.0)
+            score += tl.load(carried + width + at, mask & (token < start), 0.0)
+            new_top = tl.maximum(top, score)
+            p, shrink = tl.exp(score - new_top), tl.exp(top - new_top)
+            total = total * shrink + p
+            acc = acc * shrink + p * kv
+            top = new_top
+        y = (acc / total).to(rows.dtype.element_ty).to(tl.float32)
+        y = tl.where(mask, y, 0.0)
+        y *= tl.rsqrt(tl.sum(y * y, 0) / dim + eps)
+        y *= tl.load(norm_weight + cols, mask, 0.0)
+        y = y.to(rows.dtype.element_ty).to(tl.float32)
+        even, odd = tl.split(tl.reshape(y, (DIM // 2, 2)))
+        pair = tl.arange(0, DIM // 2) - (dim // 2 - pairs)
+        turned = (pair >= 0) & (pair < pairs)
+        c = tl.load(cos + r * pairs + pair, turned, 1.0)
+        s = tl.load(sin + r * pairs + pair, turned, 0.0)
+        y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (DIM,))
+        tl.store(out + cols, y.to(rows.dtype.element_ty), mask)
+
+
+@triton.jit
+def _carry(
+    new, state, slots, seq_lens, cu_seqlens, ape, batch, width, ratio, state_rows,
+    BATCH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keep a token if it is among its request's last ones."""
+    token = tl.program_id(0)
+    request = request_of(cu_seqlens, token, batch, BATCH)
+    position = position_of(seq_lens, cu_seqlens, token, request)
+    if position >= tl.load(seq_lens + request) - state_rows:
+        slot = tl.load(slots + request)
+        cols = tl.arange(0, BLOCK)
+        mask, is_score = cols < 2 * width, (cols >= width) & (cols < 2 * width)
+        values = tl.load(new + token.to(tl.int64) * 2 * width + cols, mask)
+        values += tl.load(ape + position % ratio * width + cols - width, is_score, 0.0)
+        at = (slot * state_rows + position % state_rows) * 2 * width
+        tl.store(state + at + cols, values, mask)
+
+
+def compress_kv(
+    x: torch.Tensor,
+    wkv: torch.Tensor,
+    wgate: torch.Tensor,
+    ape: torch.Tensor,
+    norm_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    state: torch.Tensor,
+    state_slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    compress_ratio: int,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the op `compress_kv`, of bf16 and weights that were bf16."""
+    (n_tokens, _), batch = x.shape, len(seq_lens)
+    dim, width = norm_weight.shape[0], ape.shape[1]
+    rows = torch.zeros(cos.shape[0], dim, dtype=x.dtype, device=x.device)
+    if not n_tokens:
+        return rows, state
+    new = bf16_gemm(x, prepared.get(wkv, BOTH_NARROW))
+    wide = triton.next_power_of_2(batch)
+    if len(rows):
+        _pool[(len(rows),)](
+            *(new, state, state_slots, seq_lens, cu_seqlens, ape, norm_weight),
+            *(cos.contiguous(), sin.contiguous(), rows, batch, width, dim, compress_ratio),
+            *(state.shape[1], cos.shape[1], norm_eps, width == 2 * dim, wide),
+            triton.next_power_of_2(dim),
+        )
+    _carry[(n_tokens,)](
+        *(new, state, state_slots, seq_lens, cu_seqlens, ape, batch, width, compress_ratio),
+        *(state.shape[1], wide, triton.next_power_of_2(2 * width)),
+    )
+    return rows, state

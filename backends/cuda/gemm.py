@@ -1,0 +1,273 @@
+"""Products with FP8 and FP4 weights on tensor cores.
+
+Weights are the left operand: a step that decodes has few rows, and the hardware's tiles are at
+least 64 of the left side but only 8 of the right.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from v4_ascend.backends.cuda.device import n_processors
+
+DEPTH = 128  # channels of one activation scale, and of a step
+FP4, BF16 = tl.constexpr("e2m1"), tl.constexpr("bf16")
+
+
+@triton.jit
+def power_of_two(byte):
+    """2^(byte - 127) in bf16, exact; byte 0 is subnormal there."""
+    byte = byte.to(tl.int16)
+    return tl.where(byte == 0, 0x40, byte << 7).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _fp8_gemm(
+    a, a_scale, b, b_scale, out, m, n, k, steps, scale_cols,
+    IS_E8M0: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tile [BN, BM] of the product's transpose, over one part of the depth.
+
+    FP8 products are summed in the tensor core for 128 channels only: its sums are short.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)
+    is_row, is_col = row < m, col < n
+    each = tl.arange(0, BK)
+    first = tl.program_id(2) * steps
+    last = tl.minimum(first + steps, k // BK)
+    x_at = a + row.to(tl.int64)[None, :] * k + each[:, None]
+    w_at = b + col.to(tl.int64)[:, None] * k + each[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(first, last):
+        w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
+        x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
+        x_scale = power_of_two(tl.load(a_scale + row * (k // BK) + step, is_row, 0))
+        scale = tl.load(b_scale + tl.program_id(1) * BN // 128 * scale_cols + step)
+        if IS_E8M0:
+            scale = power_of_two(scale)
+        acc += tl.dot(w, x) * (x_scale.to(tl.float32) * scale.to(tl.float32))[None, :]
+    at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
+    tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
+
+
+@triton.jit
+def _sum_parts(parts, out, n_parts, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(n_parts):
+        total += tl.load(parts + part * size + at, mask, 0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask)
+
+
+def fp8_gemm(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As the op `fp8_gemm`, into bf16."""
+    (m, k), n = a.shape, b.shape[0]
+    out = torch.empty(m, n, dtype=out_dtype, device=a.device)
+    if not m:
+        return out
+    bm, bn, parts, steps = _split(m, n, k // DEPTH, a.device)
+    is_e8m0 = b_scale.dtype == torch.float8_e8m0fnu
+    partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
+    _fp8_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
+        *(a.contiguous(), a_scale.contiguous().view(torch.uint8), b.contiguous()),
+        b_scale.contiguous().view(torch.uint8) if is_e8m0 else b_scale.contiguous(),
+        *(partial, m, n, k, steps, b_scale.shape[-1], is_e8m0, bm, bn, DEPTH),
+        num_warps=4,
+        num_stages=3,
+    )
+    return _joined(partial, out)
+
+
+@triton.jit
+def _bf16_gemm(
+    a, b, out, m, n, k, steps, one,
+    IS_EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """As `_fp8_gemm`, of bf16 without scales into fp32.
+
+    A tensor core's sum is cut, not rounded, at each addition: apart for 128 channels, it is
+    as close as a sum of fp32.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)
+    is_row, is_col = row < m, col < n
+    each = tl.arange(0, BK)
+    first = tl.program_id(2) * steps
+    x_at = a + row.to(tl.int64)[None, :] * k + each[:, None]
+    w_at = b + col.to(tl.int64)[:, None] * k + each[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(k, BK))):
+        if IS_EVEN:
+            w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
+            x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
+        else:
+            inside = step * BK + each < k
+            w = tl.load(w_at + step * BK, is_col[:, None] & inside[None, :], 0.0)
+            x = tl.load(x_at + step * BK, is_row[None, :] & inside[:, None], 0.0)
+        acc += tl.dot(w, x) * one  # without it Triton makes one long sum of all products
+    at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
+    tl.store(at, acc, is_row[None, :] & is_col[:, None])
+
+
+def bf16_gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a . b^T in fp32, of bf16 [m, k] and [n, k]."""
+    (m, k), n = a.shape, b.shape[0]
+    out = torch.empty(m, n, device=a.device)
+    bm, bn, parts, steps = _split(m, n, triton.cdiv(k, DEPTH), a.device)
+    partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
+    _bf16_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
+        *(a.contiguous(), b, partial, m, n, k, steps, 1.0, k % DEPTH == 0, bm, bn, DEPTH),
+        num_warps=4,
+        num_stages=3,
+    )
+    return _joined(partial, out)
+
+
+def _split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, int, int]:
+    """Return a tile's rows and columns, and the parts of the depth with the steps of each.
+
+    So few columns do not keep the device busy: parts of the depth are summed apart.
+    """
+    bm, bn = min(64, max(16, triton.next_power_of_2(m))), 64 if m <= 32 else 128
+    if m >= 1024:
+        bm, bn = 128, 64
+    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    parts = min(depth, max(1, 2 * n_processors(device) // tiles))
+    steps = triton.cdiv(depth, parts)
+    return bm, bn, triton.cdiv(depth, steps), steps
+
+
+def _joined(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if partial is not out:
+        size, block = out.numel(), 1024
+        grid = (triton.cdiv(size, block),)
+        _sum_parts[grid](partial, out, len(partial), size, block)
+    return out
+
+
+@triton.jit
+def _map_tiles(group_sizes, tile_expert, tile_row, tile_end, n_experts, n_tiles, BM: tl.constexpr,
+               EXPERTS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Expert, first row and end row of each tile; spare tiles have no rows."""
+    expert = tl.arange(0, EXPERTS)
+    size = tl.load(group_sizes + expert, expert < n_experts, 0).to(tl.int32)
+    n = (size + BM - 1) // BM
+    tile_ends, row_ends = tl.cumsum(n, 0), tl.cumsum(size, 0)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    is_before = (tile_ends[None, :] <= tile[:, None]) & (expert < n_experts)[None, :]
+    mine = tl.sum(is_before.to(tl.int32), 1)
+    before = tl.max(tl.where(is_before, tile_ends[None, :], 0), 1)
+    start = tl.max(tl.where(is_before, row_ends[None, :], 0), 1)
+    is_mine = expert[None, :] == mine[:, None]
+    end = start + tl.sum(tl.where(is_mine, size[None, :], 0), 1)
+    inside = tile < n_tiles
+    tl.store(tile_expert + tile, tl.minimum(mine, n_experts - 1), inside)
+    tl.store(tile_row + tile, start + (tile - before) * BM, inside)
+    tl.store(tile_end + tile, end, inside)
+
+
+@triton.jit
+def _widen(x, x_scale, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """FP8 times its power of two, exact in bf16."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    mask = group < n_groups
+    at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    scale = power_of_two(tl.load(x_scale + group, mask, 0)).to(tl.float32)
+    wide = tl.load(x + at, mask[:, None], 0.0).to(tl.float32) * scale[:, None]
+    tl.store(out + at, wide.to(tl.bfloat16), mask[:, None])
+
+
+@triton.jit
+def _grouped_fp4(
+    x, weight, weight_scale, out, tile_expert, tile_row, tile_end, n, k,
+    IS_LEFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tile of one expert's product; IS_LEFT: its transpose, with the weight on the left.
+
+    A weight times its scale is exact in bf16.
+    """
+    tile = tl.program_id(1)
+    begin, end = tl.load(tile_row + tile), tl.load(tile_end + tile)
+    if begin < end:
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        row = begin + tl.arange(0, BM)
+        col = tl.program_id(0) * BN + tl.arange(0, BN)
+        is_row, is_col = row < end, col < n
+        b_row = expert * n + col
+        each, half, group = tl.arange(0, BK), tl.arange(0, BK // 2), tl.arange(0, BK // 32)
+        w_at = weight + b_row[:, None] * (k // 2) + half[None, :]
+        s_at = weight_scale + b_row[:, None] * (k // 32) + group[None, :]
+        if IS_LEFT:
+            x_at = x + row.to(tl.int64)[None, :] * k + each[:, None]
+            acc = tl.zeros((BN, BM), tl.float32)
+            for step in range(0, k // BK):
+                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
+                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
+                rows = tl.load(x_at + step * BK, is_row[None, :], 0.0)
+                acc = tl.dot_scaled(w, scale, FP4, rows, None, BF16, acc, fast_math=True)
+            at = out + row.to(tl.int64)[None, :] * n + col[:, None]
+            tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
+        else:
+            x_at = x + row.to(tl.int64)[:, None] * k + each[None, :]
+            acc = tl.zeros((BM, BN), tl.float32)
+            for step in range(0, k // BK):
+                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
+                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
+                rows = tl.load(x_at + step * BK, is_row[:, None], 0.0)
+                acc = tl.dot_scaled(rows, None, BF16, tl.trans(w), scale, FP4, acc, fast_math=True)
+            at = out + row.to(tl.int64)[:, None] * n + col[None, :]
+            tl.store(at, acc.to(out.dtype.element_ty), is_row[:, None] & is_col[None, :])
+
+
+def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int, bool]:
+    """Return a tile's rows, columns and depth, its warps, and whether weights are on the left."""
+    return (16, 64, 64, 2, True) if n_rows <= 16 * n_experts else (128, 128, 32, 8, False)
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor | None,
+    group_sizes: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As the op `grouped_gemm`, with FP4 weights."""
+    if x_scale is None or weight_scale is None:
+        raise ValueError("this kernel multiplies FP4 weights")
+    (m, k), (n_experts, n, _) = x.shape, weight.shape
+    out = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if not m:
+        return out
+    bm, bn, bk, warps, is_left = _tile(m, n_experts)
+    wide = torch.empty(m, k, dtype=torch.bfloat16, device=x.device)
+    n_groups, groups = m * k // DEPTH, 16
+    _widen[(triton.cdiv(n_groups, groups),)](
+        x.contiguous(), x_scale.contiguous().view(torch.uint8), wide, n_groups, groups, DEPTH
+    )
+    n_tiles = min(m, m // bm + n_experts)  # bounded by shapes alone: nothing waits
+    tiles = torch.empty(3, n_tiles, dtype=torch.int32, device=x.device)
+    expert, row, end = tiles.unbind()
+    _map_tiles[(triton.cdiv(n_tiles, 64),)](
+        *(group_sizes, expert, row, end, n_experts, n_tiles, bm),
+        *(triton.next_power_of_2(n_experts), 64),
+    )
+    _grouped_fp4[(triton.cdiv(n, bn), n_tiles)](
+        wide,
+        weight.contiguous().view(torch.uint8),
+        weight_scale.contiguous().view(torch.uint8),
+        *(out, expert, row, end, n, k, is_left, bm, bn, bk),
+        num_warps=warps,
+        num_stages=3,
+    )
+    return out
