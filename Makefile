@@ -13,7 +13,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml locks/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --no-compile --require-hashes --no-deps -r locks/cpu.txt
-	$(BIN)/pip install -q --no-compile torch==2.13.0
+	$(BIN)/pip install -q torch==2.13.0 --no-compile
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -46,10 +46,14 @@ ci: check
 # What can be shown of each vendor's stack without its hardware, each in an environment of its own.
 verify-emulated: $(ENVIRONMENTS:%=verify-%)
 
+DIST := load
+# Here a file's tests share what its chips did, which takes minutes: a file is one process's.
+verify-npu: DIST := loadscope --no-loadscope-reorder
+
 verify-%: install
 	$(TEST) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 	  $$($(BIN)/python -m v4_ascend.emulation.environment $*) \
-	  -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -W default --environment $*
+	  -m pytest -q -n 2 --dist $(DIST) -W default --environment $*
 
 clean:
 	rm -rf $(VENV) .demo

@@ -19,8 +19,6 @@ from v4_ascend.backends.ascend import soc
 from v4_ascend.emulation.stand_in import STAND_INS
 from v4_ascend.ops import OPS
 
-# What is asked of a chip once is asked by one test process.
-pytestmark = pytest.mark.xdist_group("kernels")
 RUNNER = Path(__file__).with_name("run_on_chip.py")
 EMULATED = {"a2": "a2", "a3": "a3", "950": "950dt"}
 ELSEWHERE = {

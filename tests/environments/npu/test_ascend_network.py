@@ -30,7 +30,6 @@ from v4_ascend.config.presets import preset_path
 from v4_ascend.runtime.compare import compare, open_pair
 from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
 
-pytestmark = pytest.mark.xdist_group("network")  # checkpoints are made once
 RUNNER = Path(__file__).with_name("run_on_chip.py")
 TOKENS, PREFILL, CHUNK, TOPK = 142, 139, 90, 32
 STEPS = 2 + TOKENS - PREFILL

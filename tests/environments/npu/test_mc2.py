@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("mc2")  # ranks of a chip are run once
 SCRIPT = Path(__file__).with_name("mc2_ranks.py")
 SIZES = {"a2": 4, "a3": 3, "950dt": 2}
 ONCE = {"moe_distribute_dispatch_v2": 1, "moe_distribute_combine_v2": 1}

@@ -19,7 +19,6 @@ from v4_ascend.ops import use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
 
-pytestmark = pytest.mark.xdist_group("parallel")  # ranks are run once
 RAGGED = ((40, 3), (5, 30), (1, 1), (1, 0))
 REFERENCES = {
     "pp2": {"pp_size": 2},
