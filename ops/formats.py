@@ -9,6 +9,7 @@ Source: DeepSeek-V4 inference/kernel.py (act_quant, fp4_act_quant) and convert.p
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 FP8 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
@@ -163,8 +164,11 @@ def quantize_fp4(weight: torch.Tensor, group: int = 32) -> tuple[torch.Tensor, t
 
 def dequantize_fp4(packed: torch.Tensor, scale: torch.Tensor, group: int = 32) -> torch.Tensor:
     """Values in fp32 [..., in] of packed e2m1 [..., in / 2] with scales per `group` channels."""
-    value = fp4_value(unpack_fp4(packed)).unflatten(-1, (-1, group))
-    return (value * scale_to_float(scale).unsqueeze(-1)).flatten(-2)
+    # The two values of a byte are looked up at once: half the time of one after the other.
+    bytes_ = torch.arange(256, dtype=torch.uint8, device=packed.device)
+    pairs = fp4_value(unpack_fp4(bytes_)).view(256, 2)
+    value = F.embedding(packed.view(torch.uint8).int(), pairs).unflatten(-2, (-1, group // 2))
+    return (value.flatten(-2) * scale_to_float(scale).unsqueeze(-1)).flatten(-2)
 
 
 def dequantize_groups(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from v4_ascend.config.devices import IndexRecord, KVRecord
 from v4_ascend.config.model import ModelConfig
 
 BLOCK_TOKENS = 128  # lcm(4, 128): one block of every cache covers as many original tokens
+# Fewest rows of a cache page that a backend's kernels can address, where it is more than one.
+MIN_PAGE_ROWS = {"ascend": 32}  # the smallest that vllm-ascend serves with
 STATE_BYTES = 4  # compressor state is fp32
 _KV_BYTES = {"fp8_584": 584, "fp8_640": 640}
 _INDEX_BYTES = {"fp4_68": 68, "fp8_132": 132, "int8": 130}
@@ -42,6 +44,14 @@ class RecordBytes:
 
 
 SPEC_RECORDS = RecordBytes(584, 68)
+
+
+def page_tokens(min_page_rows: int) -> int:
+    """Return the tokens a cache page covers: a block, or more where kernels want more rows in it.
+
+    An HCA layer has one row for each block.
+    """
+    return BLOCK_TOKENS * min_page_rows
 
 
 def block_bytes(config: ModelConfig, records: RecordBytes, layers: Iterable[int]) -> int:

@@ -42,8 +42,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests are left out, not skipped: a skip would have to be excused."""
+    """Slow tests are left out, not skipped: a skip would have to be excused.
+
+    Or they come first, and at the end there is something quick left for every process.
+    """
     if config.getoption("--slow"):
+        items.sort(key=lambda item: "slow" not in item.keywords)
         return
     slow = [item for item in items if "slow" in item.keywords]
     if slow:

@@ -20,6 +20,7 @@ from v4_ascend.backends.ascend import norm_rope as norm_rope
 from v4_ascend.backends.ascend import plain as plain
 from v4_ascend.backends.ascend import triton_kernels as triton_kernels
 from v4_ascend.backends.backend import Backend, Proof
+from v4_ascend.supernode.cache import MIN_PAGE_ROWS
 
 
 def _proof() -> Proof:
@@ -46,7 +47,7 @@ ASCEND = Backend(
     chips=soc.CHIPS,
     use_chip=soc.use_chip,
     records=_records,
-    min_page_rows=cache.SERVED_PAGE,
+    min_page_rows=MIN_PAGE_ROWS["ascend"],
 )
 
 soc.order(soc.A5, only_installed=False)

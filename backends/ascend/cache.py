@@ -10,7 +10,6 @@ from v4_ascend.ops.formats import FP8
 from v4_ascend.ops.records import KV_GROUP, RECORDS
 
 PAGE_STEP, MAX_PAGE = 16, 1024  # rows of a page the vendor's kernels read
-SERVED_PAGE = 32  # the smallest that vllm-ascend serves with
 
 
 def why_no_page(name: str, storage: torch.Tensor) -> str | None:

@@ -37,7 +37,9 @@ def count_calls(at):
         return call
 
     for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
+        # Who is killed loses nothing the system was given: no need to wait for the disk here.
+        real = (lambda fd: None) if name == "fsync" else getattr(os, name)
+        setattr(os, name, counted(name, real))
     return seen
 
 

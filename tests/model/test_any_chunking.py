@@ -1,5 +1,7 @@
 """A sequence gives the same logits however it is cut, batched or placed."""
 
+from itertools import zip_longest
+
 import pytest
 import torch
 from conftest import CONFIG, GOLDEN, caches, in_chunks, run
@@ -39,7 +41,9 @@ def _holds_at_any_chunking(golden_model, whole, sizes):
     torch.testing.assert_close(got, whole[:N], rtol=0, atol=2e-5)
 
 
+SLOTS = 25
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+OF_SLOT = st.lists(SIZES, min_size=SLOTS, max_size=SLOTS, unique_by=tuple)
 FIXTURE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
@@ -50,10 +54,28 @@ def test_random_chunkings(golden_model, whole, sizes):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=FIXTURE, derandomize=True)
-@given(sizes=SIZES)
-def test_a_thousand_random_chunkings(golden_model, whole, sizes):
-    _holds_at_any_chunking(golden_model, whole, sizes)
+@settings(
+    max_examples=1000 // SLOTS,
+    deadline=None,
+    suppress_health_check=FIXTURE,
+    derandomize=True,
+)
+@given(of_slot=OF_SLOT)
+def test_a_thousand_random_chunkings(golden_model, whole, of_slot):
+    """Many beside each other: a step has a chunk of every sequence that has tokens left."""
+    cache = caches(CONFIG, n_slots=SLOTS, max_model_len=N, max_chunk=N)
+    logits = [[] for _ in of_slot]
+    starts = [0] * SLOTS
+    for sizes in zip_longest(*map(cuts, of_slot), fillvalue=0):
+        stops = [start + size for start, size in zip(starts, sizes, strict=True)]
+        slots = [slot for slot in range(SLOTS) if sizes[slot]]
+        chunks = [Chunk(i, TOKENS[starts[i] : stops[i]], starts[i]) for i in slots]
+        found = golden_model.head(golden_model(cache.batch(chunks), cache.layers))
+        for slot, part in zip(slots, found.split([sizes[i] for i in slots]), strict=True):
+            logits[slot].append(part)
+        starts = stops
+    for of_sequence in logits:
+        torch.testing.assert_close(torch.cat(of_sequence), whole[:N], rtol=0, atol=2e-5)
 
 
 def test_a_ragged_batch_is_each_sequence_alone(golden_model, whole):

@@ -11,8 +11,9 @@ from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.presets import preset_path
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.ops import use_policy
-from v4_ascend.runtime.kv_cache import BLOCK_TOKENS, Chunk, KVCache
+from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
+from v4_ascend.supernode.cache import BLOCK_TOKENS
 
 LENGTH = 2**20
 LAST = 300

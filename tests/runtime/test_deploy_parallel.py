@@ -38,12 +38,22 @@ def text(answer):
     return answer.json()["choices"][0]["message"]["content"]
 
 
-def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
+LONG = {"max_tokens": 40, "temperature": 0.7}
+
+
+@pytest.fixture(scope="module")
+def of_one(box):
+    """What one rank answers: short texts by seed, and long ones."""
     one = box.run("deploy", "--topology", box.topology, "--detach")
     assert one.returncode == 0, one.stderr
-    want = [text(ask(box, seed)) for seed in range(6)]
+    short = [text(ask(box, seed)) for seed in range(6)]
+    long = [text(ask(box, seed, **LONG)) for seed in range(3)]
     assert box.run("down", "laptop").returncode == 0
+    return short, long
 
+
+def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box, of_one):
+    want, _ = of_one
     options = ("--set", LAYOUT, "--set", DEVICES, "--set", "serve.concurrency=6")
     four = box.run("deploy", "--topology", box.topology, *options, "--detach")
     assert four.returncode == 0, four.stderr
@@ -89,21 +99,16 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box):
     assert _of(box) == []
 
 
-def test_ranks_that_draft_answer_as_one_does_that_does_not(box):
-    one = box.run("deploy", "--topology", box.topology, "--detach")
-    assert one.returncode == 0, one.stderr
-    long = {"max_tokens": 40, "temperature": 0.7}
-    want = [text(ask(box, seed, **long)) for seed in range(3)]
-    assert box.run("down", "laptop").returncode == 0
-
+def test_ranks_that_draft_answer_as_one_does_that_does_not(box, of_one):
+    _, want = of_one
     layout = "layout={dp_size: 2, tp_size: 2, ep_size: 4}"
     options = ("--set", layout, "--set", DEVICES, "--set", "serve.n_draft_tokens=2")
     four = box.run("deploy", "--topology", box.topology, *options, "--detach")
     assert four.returncode == 0, four.stderr
     try:
-        assert [text(ask(box, seed, **long)) for seed in range(3)] == want
+        assert [text(ask(box, seed, **LONG)) for seed in range(3)] == want
         assert counter(box, "vllm:spec_decode_num_draft_tokens_total") > 60
-        assert text(ask(box, 2, **long)) == want[2]
+        assert text(ask(box, 2, **LONG)) == want[2]
     finally:
         assert box.run("down", "laptop").returncode == 0
 

@@ -85,7 +85,7 @@ def walk(tokenizer, guides, grammar, seed, limit=2000):
     liked = {*tokenizer.encode_plain("</"), tokenizer.eos_id, *tokenizer.marker_ids}
     drawn = []
     while not drawn or drawn[-1] != tokenizer.eos_id:
-        allowed = guide.allowed(torch.device("cpu")).nonzero().flatten().tolist()
+        allowed = guide.allowed().nonzero()[0].tolist()
         assert allowed, tokenizer.decode(drawn)
         weights = [60 if t in liked else 1 for t in allowed]
         drawn += rng.choices(allowed, weights)
@@ -130,7 +130,7 @@ def test_what_the_encoder_writes_is_allowed(tokenizer, guides):
     calls = Calls(tools=[WEATHER, NOTHING], are_required=True, at_most_one=False)
     guide = guides.guide(grammar_of(tokenizer, calls=calls))
     for token in [*tokenizer.encode(text), tokenizer.eos_id]:
-        assert guide.allowed(torch.device("cpu"))[token], tokenizer.decode([token])
+        assert guide.allowed()[token], tokenizer.decode([token])
         guide.take([token])
     assert guide.error is None
 
@@ -194,7 +194,7 @@ def test_with_the_official_tokenizer_a_marker_in_text_is_no_marker():
     head = '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
     guide.take(tokenizer.encode(head + '<｜DSML｜parameter name="city" string="true">x'))
     assert guide.error is None
-    allowed = guide.allowed(torch.device("cpu"))
+    allowed = guide.allowed()
     assert not any(allowed[m] for m in tokenizer.marker_ids)
     guide.take(tokenizer.encode_plain("</｜DSML｜"))
     assert guide.error is not None

@@ -142,10 +142,11 @@ def deploy_command(
         switches = ["--replace", replace.value, *unlooked]
         _detach(topology, overrides, vacant(plan.name), options, switches)
         return
-    from v4_ascend.backends import find_backend
     from v4_ascend.deploy.deployment import Deployment
 
-    if not plan.emulated:
+    if not plan.emulated and plan.backend != "cpu":  # which is here: no need to import torch
+        from v4_ascend.backends import find_backend
+
         find_backend(plan.backend, "runtime.backend").require()
     look = partial(_preflight, wanted, _again(topology), skip=skip_preflight)
     if running is None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from numpy.typing import NDArray
 
 from v4_ascend.chat import ChatTokenizer
 from v4_ascend.errors import RequestError
@@ -76,9 +76,9 @@ class Guide:
             if not self._matcher.is_stopped():  # the end token after that is no part of it
                 self._matcher.consume_token(token)
 
-    def allowed(self, device: torch.device) -> torch.Tensor:
+    def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens may come next, ``[vocab_size]`` bool."""
         words = allocate_token_bitmask(1, self._vocab_size)
         fill_next_token_bitmask(self._matcher, words)
         bits = np.unpackbits(words[0].view(np.uint8), count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_)).to(device)
+        return bits.view(np.bool_)

@@ -20,8 +20,7 @@ from v4_ascend.ops.ragged import locate, max_new_rows
 from v4_ascend.ops.records import RECORDS
 from v4_ascend.ops.rope import rope_freqs, rope_table
 from v4_ascend.runtime.snapshots import Snapshots
-
-BLOCK_TOKENS = 128  # one block of every cache covers as many original tokens
+from v4_ascend.supernode.cache import BLOCK_TOKENS, page_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +30,6 @@ class Chunk:
     slot: int
     token_ids: Sequence[int]
     start: int
-
-
-def page_tokens(min_page_rows: int) -> int:
-    """Return the tokens a page covers: a block, or more where kernels want more rows in it.
-
-    An HCA layer has one row for each block.
-    """
-    return BLOCK_TOKENS * min_page_rows
 
 
 class KVCache:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from v4_ascend.backends import find_backend
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.runtime.kv_cache import BLOCK_TOKENS, page_tokens
 from v4_ascend.runtime.scheduler import Limits
+from v4_ascend.supernode.cache import BLOCK_TOKENS, MIN_PAGE_ROWS, page_tokens
 from v4_ascend.supernode.plan import Plan
 
 
 def limits_of(plan: Plan, config: ModelConfig) -> Limits:
     """Return the limits of one DP group."""
-    size = page_tokens(find_backend(plan.backend, "plan.backend").min_page_rows)
+    size = page_tokens(MIN_PAGE_ROWS.get(plan.backend, 1))
     per_request = -(-plan.max_model_len // size)
     n_pages = plan.slots_per_group * per_request
     if plan.cache_tokens is not None:

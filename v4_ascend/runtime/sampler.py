@@ -86,7 +86,8 @@ class Shaper:
         if self._n_drawn < r.min_tokens and not (guide is not None and guide.is_complete):
             row[eos_id] = -torch.inf
         if guide is not None:
-            row.masked_fill_(~guide.allowed(row.device), -torch.inf)
+            allowed = torch.from_numpy(guide.allowed()).to(row.device)
+            row.masked_fill_(~allowed, -torch.inf)
 
     def _count(self, drawn: Sequence[int]) -> None:
         self._n_drawn += len(drawn)

@@ -132,7 +132,7 @@ def test_logits_are_the_references_and_every_operator_is_called(folder, by_refer
     arguments = [folder / kind, folder / "ids.safetensors", PREFILL, CHUNK]
     done = subprocess.run(
         [sys.executable, RUNNER, "record", EMULATED[chip], out, *map(str, arguments)],
-        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "2"},
+        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
         capture_output=True,
         text=True,
         check=False,

@@ -13,6 +13,9 @@ SCALAR_INT8, SCALAR_BF16, SCALAR_FP16, SCALAR_FP32, SCALAR_E4M3 = 1, 15, 5, 6, 2
 
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4_VALUES = torch.cat((_FP4, -_FP4))
+# The two values of each byte, as the 8 bytes they are.
+_FP4_PAIRS = torch.stack((_FP4_VALUES.repeat(16), _FP4_VALUES.repeat_interleave(16)), -1)
+_FP4_PAIRS = _FP4_PAIRS.view(torch.int64).flatten()
 
 
 def power_of_two_scale(largest: torch.Tensor, most: float) -> torch.Tensor:
@@ -47,8 +50,9 @@ def to_fp4(x: torch.Tensor) -> torch.Tensor:
 
 def from_fp4(packed: torch.Tensor) -> torch.Tensor:
     """Values [..., 2 n] of bytes [..., n]."""
-    byte = packed.contiguous().view(torch.uint8).long()
-    return _FP4_VALUES[torch.stack((byte & 15, byte >> 4), -1).flatten(-2)]
+    byte = packed.contiguous().view(torch.uint8).int()
+    pairs = _FP4_PAIRS.index_select(0, byte.flatten()).view(torch.float32)
+    return pairs.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def mx_quant(x: torch.Tensor, fp4: bool) -> tuple[torch.Tensor, torch.Tensor]:
