@@ -7,9 +7,54 @@ import triton
 import triton.language as tl
 
 from v4_ascend.backends import prepared
-from v4_ascend.backends.cuda.gemm import bf16_gemm
+from v4_ascend.backends.cuda.gemm import DEPTH, joined, split
 from v4_ascend.backends.cuda.limits import BOTH_NARROW
 from v4_ascend.backends.cuda.ragged import position_of, request_of
+
+
+@triton.jit
+def _bf16_gemm(
+    a, b, out, m, n, k, steps, one,
+    IS_EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tile [BN, BM] of the product's transpose in fp32, over one part of the depth.
+
+    A tensor core's sum is cut, not rounded, at each addition: apart for 128 channels, it is
+    as close as a sum of fp32.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)
+    is_row, is_col = row < m, col < n
+    each = tl.arange(0, BK)
+    first = tl.program_id(2) * steps
+    x_at = a + row.to(tl.int64)[None, :] * k + each[:, None]
+    w_at = b + col.to(tl.int64)[:, None] * k + each[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(k, BK))):
+        if IS_EVEN:
+            w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
+            x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
+        else:
+            inside = step * BK + each < k
+            w = tl.load(w_at + step * BK, is_col[:, None] & inside[None, :], 0.0)
+            x = tl.load(x_at + step * BK, is_row[None, :] & inside[:, None], 0.0)
+        acc += tl.dot(w, x) * one  # without it Triton makes one long sum of all products
+    at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
+    tl.store(at, acc, is_row[None, :] & is_col[:, None])
+
+
+def _projected(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a . b^T in fp32, of bf16 [m, k] and [n, k]."""
+    (m, k), n = a.shape, b.shape[0]
+    out = torch.empty(m, n, device=a.device)
+    bm, bn, parts, steps = split(m, n, triton.cdiv(k, DEPTH), a.device)
+    partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
+    _bf16_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
+        *(a.contiguous(), b, partial, m, n, k, steps, 1.0, k % DEPTH == 0, bm, bn, DEPTH),
+        num_warps=4,
+        num_stages=3,
+    )
+    return joined(partial, out)
 
 
 @triton.jit
@@ -112,7 +157,7 @@ def compress_kv(
     rows = torch.zeros(cos.shape[0], dim, dtype=x.dtype, device=x.device)
     if not n_tokens:
         return rows, state
-    new = bf16_gemm(x, prepared.get(wkv, BOTH_NARROW))
+    new = _projected(x, prepared.get(wkv, BOTH_NARROW))
     wide = triton.next_power_of_2(batch)
     if len(rows):
         _pool[(len(rows),)](

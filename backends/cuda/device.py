@@ -6,10 +6,14 @@ from functools import cache
 
 import torch
 
+INTERPRETED = 16  # few, so that tests are quick
+
+
+def n_processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; under the interpreter `INTERPRETED`."""
+    return _of_gpu(device) if device.type == "cuda" else INTERPRETED
+
 
 @cache
-def n_processors(device: torch.device) -> int:
-    """Return the multiprocessors of a GPU; under the interpreter few, so that tests are quick."""
-    if device.type != "cuda":
-        return 16
+def _of_gpu(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

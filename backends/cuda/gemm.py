@@ -75,7 +75,7 @@ def fp8_gemm(
     out = torch.empty(m, n, dtype=out_dtype, device=a.device)
     if not m:
         return out
-    bm, bn, parts, steps = _split(m, n, k // DEPTH, a.device)
+    bm, bn, parts, steps = split(m, n, k // DEPTH, a.device)
     is_e8m0 = b_scale.dtype == torch.float8_e8m0fnu
     partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
     _fp8_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
@@ -85,55 +85,10 @@ def fp8_gemm(
         num_warps=4,
         num_stages=3,
     )
-    return _joined(partial, out)
+    return joined(partial, out)
 
 
-@triton.jit
-def _bf16_gemm(
-    a, b, out, m, n, k, steps, one,
-    IS_EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """As `_fp8_gemm`, of bf16 without scales into fp32.
-
-    A tensor core's sum is cut, not rounded, at each addition: apart for 128 channels, it is
-    as close as a sum of fp32.
-    """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    col = tl.program_id(1) * BN + tl.arange(0, BN)
-    is_row, is_col = row < m, col < n
-    each = tl.arange(0, BK)
-    first = tl.program_id(2) * steps
-    x_at = a + row.to(tl.int64)[None, :] * k + each[:, None]
-    w_at = b + col.to(tl.int64)[:, None] * k + each[None, :]
-    acc = tl.zeros((BN, BM), tl.float32)
-    for step in range(first, tl.minimum(first + steps, tl.cdiv(k, BK))):
-        if IS_EVEN:
-            w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
-            x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
-        else:
-            inside = step * BK + each < k
-            w = tl.load(w_at + step * BK, is_col[:, None] & inside[None, :], 0.0)
-            x = tl.load(x_at + step * BK, is_row[None, :] & inside[:, None], 0.0)
-        acc += tl.dot(w, x) * one  # without it Triton makes one long sum of all products
-    at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
-    tl.store(at, acc, is_row[None, :] & is_col[:, None])
-
-
-def bf16_gemm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a . b^T in fp32, of bf16 [m, k] and [n, k]."""
-    (m, k), n = a.shape, b.shape[0]
-    out = torch.empty(m, n, device=a.device)
-    bm, bn, parts, steps = _split(m, n, triton.cdiv(k, DEPTH), a.device)
-    partial = out if parts == 1 else torch.empty(parts, m, n, device=a.device)
-    _bf16_gemm[(triton.cdiv(m, bm), triton.cdiv(n, bn), parts)](
-        *(a.contiguous(), b, partial, m, n, k, steps, 1.0, k % DEPTH == 0, bm, bn, DEPTH),
-        num_warps=4,
-        num_stages=3,
-    )
-    return _joined(partial, out)
-
-
-def _split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, int, int]:
+def split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, int, int]:
     """Return a tile's rows and columns, and the parts of the depth with the steps of each.
 
     So few columns do not keep the device busy: parts of the depth are summed apart.
@@ -147,7 +102,8 @@ def _split(m: int, n: int, depth: int, device: torch.device) -> tuple[int, int, 
     return bm, bn, triton.cdiv(depth, steps), steps
 
 
-def _joined(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def joined(partial: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Return `out`, the sum of its parts [n_parts, m, n] if it is not itself the only one."""
     if partial is not out:
         size, block = out.numel(), 1024
         grid = (triton.cdiv(size, block),)
