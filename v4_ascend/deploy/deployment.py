@@ -25,7 +25,7 @@ from v4_ascend.deploy.state import FILE, Phase, Supervisor, folders, lost, start
 from v4_ascend.deploy.torchrun import address_of, hosts_of, torchrun
 from v4_ascend.errors import DeployError, V4AscendError
 from v4_ascend.runtime.link import Address
-from v4_ascend.runtime.orders import GIVE_WAY, OPEN, PATIENCE, READ_PLAN
+from v4_ascend.runtime.orders import GIVE_WAY, OPEN, ORDERS, PATIENCE, READ_PLAN
 from v4_ascend.supernode.plan import Plan
 
 FRONT_SECONDS = 10.0  # for a front that is well to follow an order
@@ -169,7 +169,13 @@ class Deployment(Processes):
             fds = (self._address.fileno(), inside.fileno())
             module = (sys.executable, "-m", "v4_ascend.runtime.front")
             words = map(str, (self.folder, os.getpid(), *fds))
-            self._start("front", [*module, *words], pass_fds=fds)
+            # It inherits what is blocked, and so do threads that an import of its starts (numpy's
+            # do): an order that comes to one of them would end it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
+            try:
+                self._start("front", [*module, *words], pass_fds=fds)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._announce("starting")
 
     def _start_ranks(self) -> None:
