@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
+from v4_ascend.runtime.orders import ORDERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +31,7 @@ class Box:
     def __init__(self, folder):
         self.folder, self.port = folder, free_port()
         self.env = os.environ | {"XDG_STATE_HOME": str(folder / "state"), "OMP_NUM_THREADS": "1"}
+        self.env["OPENBLAS_NUM_THREADS"] = "2"  # so that importing numpy starts a thread
         self.topology = folder / "t.yaml"
         text = (ROOT / "configs/topology/laptop.yaml").read_text()
         text = text.replace(".demo/tiny", str(folder / "tiny")).replace("8000", str(self.port))
@@ -81,6 +85,17 @@ def served(box):
     yield box
     assert box.run("down", "laptop").returncode == 0
     assert box.left() == []
+
+
+def test_no_thread_of_the_front_is_ended_by_an_order(served):
+    """Libraries start threads at import, and a signal goes to any that has not blocked it."""
+    (front,) = [p for p in served.processes() if b"runtime.front" in cmdline(p)]
+    orders = sum(1 << (order - 1) for order in ORDERS)
+    tasks = list(Path(f"/proc/{front}/task").iterdir())
+    assert len(tasks) > 1
+    for task in tasks:
+        blocked = re.search(r"^SigBlk:\s*(\w+)", (task / "status").read_text(), re.M)[1]
+        assert int(blocked, 16) & orders == orders, task.name
 
 
 @pytest.fixture
