@@ -12,6 +12,7 @@ import triton.language as tl
 
 from v4_ascend.backends.cuda.device import n_processors
 from v4_ascend.backends.cuda.ragged import position_of, request_of
+from v4_ascend.backends.triton.paged import slots_of
 from v4_ascend.backends.triton.quant import e8m0_to_float
 
 DIM = 512
@@ -98,12 +99,6 @@ def _attend(storage, pairs, slot, block_rows, is_visible, q, state, scale, RECOR
 
 
 @triton.jit
-def _slots(table, request, row, is_row, max_blocks, block_rows):
-    block = tl.load(table + request * max_blocks + row // block_rows, is_row, 0)
-    return block.to(tl.int64) * block_rows + row % block_rows
-
-
-@triton.jit
 def _sparse_attn(
     q, window, window_pairs, window_table, rows, row_pairs, table, indices, sink, out,
     part_out, part_top, part_total, seq_lens, cu_seqlens,
@@ -144,7 +139,7 @@ def _sparse_attn(
     for tile in range(mine, tl.minimum(mine_end, near)):
         row = first + tile * ROWS + each
         is_visible = row <= position
-        slot = _slots(window_table, request, row, is_visible, window_blocks, window_rows)
+        slot = slots_of(window_table, request, row, is_visible, window_blocks, window_rows)
         state = _attend(
             window, window_pairs, slot, window_rows, is_visible, queries, state, scale, RECORD
         )
@@ -155,7 +150,7 @@ def _sparse_attn(
             if HAS_INDICES:
                 row = tl.load(indices + token * topk + row, is_visible, -1)
                 is_visible = (row >= 0) & (row < seen)
-            slot = _slots(table, request, row, is_visible, table_blocks, table_rows)
+            slot = slots_of(table, request, row, is_visible, table_blocks, table_rows)
             state = _attend(
                 rows, row_pairs, slot, table_rows, is_visible, queries, state, scale, RECORD
             )

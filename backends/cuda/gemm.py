@@ -11,16 +11,10 @@ import triton
 import triton.language as tl
 
 from v4_ascend.backends.cuda.device import n_processors
+from v4_ascend.backends.triton.quant import e8m0_to_float
 
 DEPTH = 128  # channels of one activation scale, and of a step
 FP4, BF16 = tl.constexpr("e2m1"), tl.constexpr("bf16")
-
-
-@triton.jit
-def power_of_two(byte):
-    """2^(byte - 127) in bf16, exact; byte 0 is subnormal there."""
-    byte = byte.to(tl.int16)
-    return tl.where(byte == 0, 0x40, byte << 7).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -44,11 +38,11 @@ def _fp8_gemm(
     for step in range(first, last):
         w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
         x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
-        x_scale = power_of_two(tl.load(a_scale + row * (k // BK) + step, is_row, 0))
+        x_scale = e8m0_to_float(tl.load(a_scale + row * (k // BK) + step, is_row, 0))
         scale = tl.load(b_scale + tl.program_id(1) * BN // 128 * scale_cols + step)
         if IS_E8M0:
-            scale = power_of_two(scale)
-        acc += tl.dot(w, x) * (x_scale.to(tl.float32) * scale.to(tl.float32))[None, :]
+            scale = e8m0_to_float(scale)
+        acc += tl.dot(w, x) * (x_scale * scale)[None, :]
     at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
     tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
 
@@ -138,7 +132,7 @@ def _widen(x, x_scale, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     mask = group < n_groups
     at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    scale = power_of_two(tl.load(x_scale + group, mask, 0)).to(tl.float32)
+    scale = e8m0_to_float(tl.load(x_scale + group, mask, 0))
     wide = tl.load(x + at, mask[:, None], 0.0).to(tl.float32) * scale[:, None]
     tl.store(out + at, wide.to(tl.bfloat16), mask[:, None])
 

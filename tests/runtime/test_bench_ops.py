@@ -12,7 +12,8 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.ops import OPS, use_policy
 from v4_ascend.runtime.bench_ops import Rates
-from v4_ascend.runtime.op_workloads import Call, Maker, Workload, calls
+from v4_ascend.runtime.op_workloads import Call, calls
+from v4_ascend.runtime.workload import Maker, Workload
 
 CONFIG = ModelConfig.read(preset_path("wide"))
 WHOLE = "hc_pre hc_post rms_norm act_quant head_rms_norm rope topk_gate swiglu fp8_gemm index_topk"

@@ -36,7 +36,7 @@ def ops_command(
         measure_rates,
         packed_records,
     )
-    from v4_ascend.runtime.op_workloads import Workload
+    from v4_ascend.runtime.workload import Workload
 
     path = preset_path(model) if model in preset_names() else Path(model)
     if not path.is_file():

@@ -20,7 +20,8 @@ from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import UnsupportedOpError
 from v4_ascend.ops import OPS, formats, use_policy
 from v4_ascend.ops.records import INDEX_DIM, KV_DIM
-from v4_ascend.runtime.op_workloads import Call, Maker, Unit, Workload, calls
+from v4_ascend.runtime.op_workloads import Call, Unit, calls
+from v4_ascend.runtime.workload import Maker, Workload
 
 COLD_BYTES = {"cuda": 256 << 20, "cpu": 0}  # of all sets together: four times an H200's L2
 MAX_SETS = 24
