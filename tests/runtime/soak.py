@@ -37,6 +37,7 @@ NEAR_TIE = 1e-3  # of log probabilities: other sums in another batch may choose 
 GROWTH = 0.05  # of memory, from when a quarter was answered to the end
 JUDGED = 500  # requests from which on memory is judged: before, allocators still fill
 PROMPTS = 32
+CROWD = 4  # long requests that begin together: their pages are more than there are
 DRAINED = 12  # requests that run when the deployment is stopped
 CHAT = "/v1/chat/completions"
 
@@ -93,9 +94,9 @@ def chat(text, **options):
 
 
 def jobs(rng, n, greedy):
-    """Yield n requests of all kinds, in random order."""
+    """Yield n requests of all kinds, in random order; the last ones, sent first, are the crowd."""
     malformed = list(broken(n, seed=rng.randrange(1 << 30)))
-    for kind in rng.choices(list(KINDS), KINDS.values(), k=n):
+    for kind in rng.choices(list(KINDS), KINDS.values(), k=n - CROWD):
         text, n_tokens = words(rng, rng.choice([5, 100, 500])), rng.randint(1, 48)
         if kind == "greedy":
             prompt = rng.randrange(len(greedy))
@@ -112,6 +113,8 @@ def jobs(rng, n, greedy):
             yield Job(kind, path, rng.choice([body, body[: len(body) // 2], "\0\xff{"]))
         else:
             yield Job(kind, CHAT, chat("x" * rng.choice([8_000, 100_000])))
+    for _ in range(CROWD):
+        yield Job("greedy", CHAT, greedy[-1], len(greedy) - 1)
 
 
 async def answer(client, body):
@@ -284,6 +287,8 @@ async def soak(box, n, concurrency, seed):
     """Run all of it against a deployment that is up; return the report as JSON."""
     rng, report, began = random.Random(seed), Report(), time.monotonic()
     greedy = list(prompts(rng, max(4, min(PROMPTS, n // 8))))
+    greedy.append(greedy[0] | {"messages": [{"role": "user", "content": words(rng, 300)}],
+                               "max_tokens": 400})  # fmt: skip
     async with client_of(box, 1) as client:
         firsts = [await answer(client, body) for body in greedy]
     alone_s, began = time.monotonic() - began, time.monotonic()
