@@ -9,6 +9,7 @@ from v4_ascend.cli.app import app
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
 from v4_ascend.errors import ConfigError
+from v4_ascend.runtime.bench_generate import OURS
 from v4_ascend.runtime.bench_ranks import LAYOUTS
 
 
@@ -41,6 +42,22 @@ def test_what_cannot_be_timed_is_refused(tmp_path):
         done = _run("prefill", "--checkpoint", tmp_path / "c", *args)
         assert isinstance(done.exception, ConfigError)
         assert says in str(done.exception)
+
+
+def test_the_engine_generates_what_transformers_does(tmp_path):
+    write_synthetic(
+        in_format(ModelConfig.read(preset_path("tiny")), "fp32"), tmp_path / "c", seed=0
+    )
+    where = ("--checkpoint", tmp_path / "c", "--prompts", 3, "--prompt", 20, "--tokens", 6)
+    done = _run("generate", *where, "--rounds", 1, "--against", "transformers", "--json")
+    assert done.exit_code == 0, done.exception
+    sides = json.loads(done.stdout)["data"]["sides"]
+    assert list(sides) == [OURS, "transformers, prompt by prompt", "transformers, one batch"]
+    assert [side["same"] for side in sides.values()] == [3, 3, 3]
+    assert all(side["tokens_per_s"] > 0 for side in sides.values())
+    done = _run("generate", *where, "--prompt", 1 << 20)
+    assert isinstance(done.exception, ConfigError)
+    assert "is longer than 1048576 tokens with its answer" in str(done.exception)
 
 
 @pytest.mark.slow

@@ -70,6 +70,42 @@ def decode_command(
     _run("decode", checkpoint, prompt, tokens, rounds, backend, against, as_json)
 
 
+@bench.command("generate")
+def generate_command(
+    checkpoint: CheckpointOption,
+    prompts: Annotated[int, typer.Option(min=1, help="answered at once")] = 16,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of each")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="drawn behind each, greedily")] = 64,
+    rounds: Rounds = 3,
+    against: AgainstOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time the serving engine on many prompts, tokens per second of all together."""
+    import torch
+
+    from v4_ascend.checkpoint.reader import Checkpoint
+    from v4_ascend.cli.progress import reporter
+    from v4_ascend.runtime.bench_generate import Generation, bench_generate
+
+    with reporter("timing rounds") as progress:
+        speeds = bench_generate(
+            Checkpoint(checkpoint),
+            Generation(n_prompts=prompts, prompt=prompt, tokens=tokens, rounds=rounds),
+            against_transformers=against is not None,
+            progress=progress,
+        )
+    if as_json:
+        sides = {s.who: {"tokens_per_s": s.tokens_per_s, "same": s.same} for s in speeds}
+        data = {"what": "generate", "threads": torch.get_num_threads(), "sides": sides}
+        typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
+        return
+    what = f"{prompts} prompts of {prompt}, {tokens} drawn, {torch.get_num_threads()} threads"
+    typer.echo(f"| {what} | tokens/s | ours is | same answers |\n|---|---|---|---|")
+    for s in speeds:
+        ratio = speeds[0].tokens_per_s / s.tokens_per_s
+        typer.echo(f"| {s.who} | {s.tokens_per_s:,.1f} | {ratio:.2f} x | {s.same} of {prompts} |")
+
+
 @bench.command("shard")
 def shard_command(
     checkpoint: CheckpointOption,

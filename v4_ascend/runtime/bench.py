@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,9 +118,7 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
 
 
 def _transformers(checkpoint: Checkpoint, work: Workload, ids: torch.Tensor) -> Round:
-    if checkpoint.config.quantization is not None:
-        raise ConfigError("--against", "transformers reads ours with --format fp32 or bf16 only")
-    model = _load_transformers(checkpoint.path)
+    model = load_transformers(checkpoint)
     tokens = ids.unsqueeze(0)
 
     def run() -> tuple[float, float]:
@@ -140,12 +137,20 @@ def _transformers(checkpoint: Checkpoint, work: Workload, ids: torch.Tensor) -> 
     return run
 
 
-def _load_transformers(folder: Path) -> Any:
+def load_transformers(checkpoint: Checkpoint) -> Any:
+    """Return the same network as Hugging Face transformers has it, eager.
+
+    Raises:
+        BackendUnavailableError: transformers is not installed.
+        ConfigError: it cannot read a quantised checkpoint of ours.
+    """
+    if checkpoint.config.quantization is not None:
+        raise ConfigError("--against", "transformers reads ours with --format fp32 or bf16 only")
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as e:
         raise BackendUnavailableError(
             "--against transformers: not installed (pip install 'v4-ascend[dev]')"
         ) from e
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, attn_implementation="eager")
     return model.eval()
