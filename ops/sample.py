@@ -11,10 +11,14 @@ import torch
 from v4_ascend.ops.op import BOTH, Case, op
 
 
-def _inputs(g: torch.Generator, n: int, vocab_size: int, temperature: float) -> dict[str, Any]:
+def _inputs(
+    g: torch.Generator, n: int, vocab_size: int, temperature: float | None
+) -> dict[str, Any]:
+    # Rounded logits tie. Without a temperature every second row is greedy.
+    warm = torch.arange(n) % 2 * 0.7 if temperature is None else torch.full((n,), temperature)
     return {
-        "logits": torch.randn(n, vocab_size, generator=g) * 3,
-        "temperature": torch.full((n,), temperature),
+        "logits": (torch.randn(n, vocab_size, generator=g) * 8).round() / 8 * 3,
+        "temperature": warm,
         "top_p": torch.linspace(0.05, 1.0, n) if n else torch.empty(0),
         "seeds": torch.randint(0, 1 << 62, (n,), generator=g),
         "positions": torch.randint(0, 1 << 20, (n,), generator=g),
@@ -25,10 +29,12 @@ def _inputs(g: torch.Generator, n: int, vocab_size: int, temperature: float) -> 
 
 def _cases() -> Iterator[Case]:
     for n, vocab_size in ((0, 16), (1, 1), (64, 33), (32, 129280)):
-        for temperature in (0.0, 0.6, 1.5):
+        for temperature in (0.0, 0.6, 1.5, None):
             make = partial(_inputs, n=n, vocab_size=vocab_size, temperature=temperature)
             yield Case(
-                f"{n}x{vocab_size}-t{temperature}", make, models=BOTH if vocab_size > 1000 else ()
+                f"{n}x{vocab_size}-t{'mixed' if temperature is None else temperature}",
+                make,
+                models=BOTH if vocab_size > 1000 else (),
             )
 
 

@@ -74,7 +74,10 @@ def decode_command(
 def generate_command(
     checkpoint: CheckpointOption,
     prompts: Annotated[int, typer.Option(min=1, help="answered at once")] = 16,
-    prompt: Annotated[int, typer.Option(min=1, help="tokens of each")] = 64,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of the longest")] = 64,
+    shortest: Annotated[
+        int | None, typer.Option(min=1, help="tokens of the shortest; default: a quarter of it")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="drawn behind each, greedily")] = 64,
     rounds: Rounds = 3,
     against: AgainstOption = None,
@@ -90,7 +93,13 @@ def generate_command(
     with reporter("timing rounds") as progress:
         speeds = bench_generate(
             Checkpoint(checkpoint),
-            Generation(n_prompts=prompts, prompt=prompt, tokens=tokens, rounds=rounds),
+            Generation(
+                n_prompts=prompts,
+                shortest=shortest or -(-prompt // 4),
+                prompt=prompt,
+                tokens=tokens,
+                rounds=rounds,
+            ),
             against_transformers=against is not None,
             progress=progress,
         )
@@ -99,7 +108,9 @@ def generate_command(
         data = {"what": "generate", "threads": torch.get_num_threads(), "sides": sides}
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
         return
-    what = f"{prompts} prompts of {prompt}, {tokens} drawn, {torch.get_num_threads()} threads"
+    lengths = f"{shortest or -(-prompt // 4)} to {prompt}"
+    what = f"{prompts} prompts of {lengths} tokens, {tokens} drawn behind each"
+    what += f", {torch.get_num_threads()} threads"
     typer.echo(f"| {what} | tokens/s | ours is | same answers |\n|---|---|---|---|")
     for s in speeds:
         ratio = speeds[0].tokens_per_s / s.tokens_per_s

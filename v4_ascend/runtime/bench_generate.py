@@ -1,9 +1,10 @@
 """Tokens per second of many prompts at once, beside `generate` of Hugging Face transformers.
 
 Ours is the serving engine without its HTTP front: the scheduler, the paged caches, the sampler.
-Theirs is asked prompt by prompt, and with all prompts in one batch, which needs prompts of one
-length: padding would enter the compressed entries. All run in one process, in turns; the best
-round of each counts.
+Theirs is asked prompt by prompt, and with all prompts in one batch, short ones padded on the left
+as it asks for: a padded V4 sequence is compressed in other groups, so its answers are others, and
+how many are the same is part of the result. All run in one process, in turns; the best round of
+each counts.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from v4_ascend.runtime.sequence import Request
 from v4_ascend.supernode.planning import deploy_plan
 
 OURS = "v4-ascend, cpu"
+CHUNK = 2048  # prompt tokens of a step
 GREEDY = Sampling(0.0, 1.0, 0)
 
 Tokens = list[list[int]]  # of each prompt, those drawn
@@ -43,9 +45,10 @@ Tokens = list[list[int]]  # of each prompt, those drawn
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What is timed: prompts of one length, and tokens drawn greedily behind each."""
+    """What is timed: prompts from `shortest` to `prompt` tokens, and tokens drawn behind each."""
 
     n_prompts: int
+    shortest: int
     prompt: int
     tokens: int
     rounds: int
@@ -77,14 +80,19 @@ def bench_generate(
     config = checkpoint.config
     if work.prompt + work.tokens > config.max_seq_len:
         raise ConfigError("--prompt", f"is longer than {config.max_seq_len} tokens with its answer")
+    if work.shortest > work.prompt:
+        raise ConfigError("--shortest", f"is {work.shortest}, longer than --prompt {work.prompt}")
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (work.n_prompts, work.prompt), generator=g)
+    lengths = torch.linspace(work.shortest, work.prompt, work.n_prompts).round().int().tolist()
+    prompts = [torch.randint(0, config.vocab_size, (n,), generator=g).tolist() for n in lengths]
     with torch.inference_mode(), use_policy(backend="cpu"):
-        sides: dict[str, Callable[[], Tokens]] = {OURS: _ours(checkpoint, work, ids.tolist())}
+        sides: dict[str, Callable[[], Tokens]] = {OURS: _ours(checkpoint, work, prompts)}
         if against_transformers:
             model = load_transformers(checkpoint)
-            sides["transformers, prompt by prompt"] = _theirs(model, work, ids.split(1))
-            sides["transformers, one batch"] = _theirs(model, work, [ids])
+            sides["transformers, prompt by prompt"] = _theirs(
+                model, work, [[prompt] for prompt in prompts]
+            )
+            sides["transformers, one batch"] = _theirs(model, work, [prompts])
         best, answers = dict.fromkeys(sides, float("inf")), {}
         for number in range(work.rounds + 1):
             for who, run in sides.items():
@@ -128,19 +136,21 @@ def _ours(checkpoint: Checkpoint, work: Generation, prompts: Tokens) -> Callable
     return run
 
 
-def _theirs(model: Any, work: Generation, batches: Sequence[torch.Tensor]) -> Callable[[], Tokens]:
+def _theirs(model: Any, work: Generation, batches: Sequence[Tokens]) -> Callable[[], Tokens]:
     def run() -> Tokens:
         answers: Tokens = []
         for batch in batches:
+            longest = max(map(len, batch))
+            padding = [[0] * (longest - len(prompt)) for prompt in batch]
             drawn = model.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
+                torch.tensor([p + prompt for p, prompt in zip(padding, batch, strict=True)]),
+                attention_mask=torch.tensor([p + [1] * (longest - len(p)) for p in padding]),
                 do_sample=False,
                 min_new_tokens=work.tokens,
                 max_new_tokens=work.tokens,
                 pad_token_id=0,
             )
-            answers += drawn[:, work.prompt :].tolist()
+            answers += drawn[:, longest:].tolist()
         return answers
 
     return run
