@@ -13,9 +13,10 @@ _fp8 = function("gemv_fp8", "pppppiiiiiii")
 _fp4 = function("gemv_fp4", "pppppiii")
 _widen = function("widen_fp8", "pppiiii")
 BLOCK, MX_GROUP = 128, 32
-# Rows of an expert from which on torch's products are faster; a quantised weight must be
-# widened for them first.
-PLAIN_ROWS, QUANTISED_ROWS = 8, 64
+# Rows of an expert from which on torch's products are faster: it has instructions for bf16, and
+# must widen a quantised weight first.
+FEW = {torch.float32: 32, torch.bfloat16: 4}
+QUANTISED_ROWS = 64
 
 
 def _few(n_rows: int, most: int) -> str | None:
@@ -105,7 +106,9 @@ def _why_not_grouped(
 ) -> str | None:
     if weight_scale is not None and weight_scale.dtype not in (E8M0, torch.float32):
         return f"scales are {weight_scale.dtype}"
-    each = PLAIN_ROWS if weight_scale is None else QUANTISED_ROWS
+    if weight_scale is None and weight.dtype not in FEW:
+        return f"weights are {weight.dtype}"
+    each = QUANTISED_ROWS if weight_scale is not None else FEW[weight.dtype]
     return _few(len(x), each * len(weight))
 
 
@@ -118,7 +121,7 @@ def grouped_gemm_compiled(
     group_sizes: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Read the weight of each expert that has rows once for every four of them."""
+    """Read the weight of each expert that has rows once for every 64 of them."""
     sizes = group_sizes.contiguous()
     if x_scale is not None and weight_scale is not None:
         return _product(x, x_scale, weight, weight_scale, sizes).to(out_dtype)

@@ -10,6 +10,7 @@ import torch
 
 from v4_ascend.backends import BACKENDS
 from v4_ascend.backends.cpu.compiled import library
+from v4_ascend.backends.cpu.compiled.gemm import grouped_gemm_compiled
 from v4_ascend.ops import OPS
 from v4_ascend.ops.check import assert_close
 from v4_ascend.ops.moe import Solo
@@ -135,3 +136,22 @@ def test_ids_that_are_no_experts_and_tensors_with_gaps_are_refused():
         compiled("moe_dispatch").fn(x, ids, weights, 3, Solo(), False)
     with pytest.raises(ValueError, match="strides"):
         library.pointer(torch.zeros(4, 4).T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 33), (3, 64), (7, 95), (10, 128)])
+def test_panels_of_any_shape_multiply_and_rows_are_the_same_in_any_company(n, k, dtype):
+    if library.MISSING is not None:
+        return  # the test of its absence says why
+    g = torch.Generator().manual_seed(n)
+    sizes = torch.tensor([0, 1, 70, 3, 2, 9])  # more than pass a panel at once, and fewer
+    x = torch.randn(85, k, generator=g)
+    weight = torch.randn(len(sizes), n, k, generator=g).to(dtype)
+    got = grouped_gemm_compiled(x, None, weight, None, sizes, torch.float32)
+    of_row = weight[torch.repeat_interleave(torch.arange(len(sizes)), sizes)].double()
+    want = torch.einsum("rk,rnk->rn", x.double(), of_row)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * k**0.5)
+    alone = torch.zeros_like(sizes)
+    alone[2] = 1
+    row = grouped_gemm_compiled(x[40:41], None, weight, None, alone, torch.float32)
+    assert torch.equal(row[0], got[40])

@@ -3,19 +3,7 @@
 
 namespace {
 
-constexpr int MAX_ROWS = 4;  // of one group that share a read of its weight
-
-// Weight rows of one format: `products` multiplies M rows of activations with row r.
-template <typename T>
-struct Plain {
-  const T* weight;
-  int64_t n, k;
-
-  template <int M>
-  INLINE void products(const Plain& w, int64_t expert, int64_t r, const float* x, float* y) {
-    dots<M>(x, w.k, w.weight + (expert * w.n + r) * w.k, w.k, y);
-  }
-};
+constexpr int MAX_ROWS = 4;  // of one group whose sums are in registers at once
 
 INLINE f32x16 from_e4m3(const uint8_t* p) {
   u8x16 bytes;
@@ -89,6 +77,19 @@ struct Group {
   int64_t expert, first, rows;
 };
 
+std::vector<Group> split(const int64_t* group_sizes, int64_t n_experts, int64_t most) {
+  std::vector<Group> groups;
+  int64_t first = 0;
+  for (int64_t e = 0; e < n_experts; e++) {
+    for (int64_t left = group_sizes[e]; left > 0; left -= most) {
+      int64_t rows = std::min(left, most);
+      groups.push_back({e, first, rows});
+      first += rows;
+    }
+  }
+  return groups;
+}
+
 template <int M, typename W>
 INLINE void multiply(const W& w, const float* x, float* out, const Group& g, int64_t r) {
   float y[M];
@@ -114,18 +115,97 @@ CLONES void channels(W w, const float* x, float* out, const Group* groups, int64
 
 template <typename W>
 void grouped(W w, const float* x, const int64_t* group_sizes, int64_t n_experts, float* out) {
-  std::vector<Group> groups;
-  int64_t first = 0;
-  for (int64_t e = 0; e < n_experts; e++) {
-    for (int64_t left = group_sizes[e]; left > 0; left -= MAX_ROWS) {
-      int64_t rows = std::min<int64_t>(left, MAX_ROWS);
-      groups.push_back({e, first, rows});
-      first += rows;
-    }
-  }
+  std::vector<Group> groups = split(group_sizes, n_experts, MAX_ROWS);
   const Group* all = groups.data();
   parallel(int64_t(groups.size()) * w.n, w.k,
            [=](int64_t begin, int64_t end) { channels(w, x, out, all, begin, end); });
+}
+
+// Weights that need no decoding: a panel of weight rows stays near while rows of activations pass
+// it in blocks, and each load of either serves several products.
+constexpr int PANEL = 3;         // weight rows; with MAX_ROWS their sums fill 24 registers of 32
+constexpr int64_t PASSING = 64;  // rows of activations that stay near too
+
+template <int M, int N, typename T>
+INLINE void tile(const float* x, const T* w, int64_t k, float* out, int64_t n) {
+  f32x16 sums[2][M][N] = {};  // of even and of odd lines of lanes, as `dots` has them
+  int64_t i = 0;
+  for (; i + 2 * LANES <= k; i += 2 * LANES) {
+    for (int half = 0; half < 2; half++) {
+      int64_t at = i + half * LANES;
+      f32x16 ws[N];
+      for (int j = 0; j < N; j++) ws[j] = load(w + j * k + at);
+      for (int m = 0; m < M; m++) {
+        f32x16 xs = load(x + m * k + at);
+        if constexpr (N > 1) KEEP(xs);
+        for (int j = 0; j < N; j++) sums[half][m][j] += xs * ws[j];
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    for (int j = 0; j < N; j++) {
+      float total = sum(sums[0][m][j] + sums[1][m][j]);
+      for (int64_t l = i; l < k; l++) total += x[m * k + l] * get(w + j * k + l);
+      out[m * n + j] = total;
+    }
+  }
+}
+
+template <int N, typename T>
+INLINE void panel(const float* x, const T* w, int64_t k, int64_t rows, float* out, int64_t n) {
+  int64_t m = 0;
+  for (; m + MAX_ROWS <= rows; m += MAX_ROWS) tile<MAX_ROWS, N>(x + m * k, w, k, out + m * n, n);
+  switch (rows - m) {
+    case 3: tile<3, N>(x + m * k, w, k, out + m * n, n); break;
+    case 2: tile<2, N>(x + m * k, w, k, out + m * n, n); break;
+    case 1: tile<1, N>(x + m * k, w, k, out + m * n, n); break;
+  }
+}
+
+// Panels of all groups, numbered through: [begin, end).
+template <int N, typename T>
+INLINE void panels(const float* x, const T* w, int64_t n, int64_t k, float* out,
+                   const Group* groups, int64_t begin, int64_t end) {
+  int64_t each = (n + N - 1) / N;
+  for (int64_t i = begin; i < end; i++) {
+    const Group& g = groups[i / each];
+    int64_t r = i % each * N;
+    const T* weight = w + (g.expert * n + r) * k;
+    const float* rows = x + g.first * k;
+    float* to = out + g.first * n + r;
+    if (r + N <= n) {
+      panel<N>(rows, weight, k, g.rows, to, n);
+    } else {
+      for (; r < n; r++, weight += k, to++) panel<1>(rows, weight, k, g.rows, to, n);
+    }
+  }
+}
+
+template <typename T>
+AVX512 void wide_panels(const float* x, const T* w, int64_t n, int64_t k, float* out,
+                        const Group* groups, int64_t begin, int64_t end) {
+  panels<PANEL>(x, w, n, k, out, groups, begin, end);
+}
+
+template <typename T>
+CLONES void rows(const float* x, const T* w, int64_t n, int64_t k, float* out, const Group* groups,
+                 int64_t begin, int64_t end) {
+  panels<1>(x, w, n, k, out, groups, begin, end);
+}
+
+template <typename T>
+void plain(const float* x, const T* w, const int64_t* group_sizes, float* out, int64_t n_experts,
+           int64_t n, int64_t k) {
+  std::vector<Group> groups = split(group_sizes, n_experts, PASSING);
+  bool is_wide = has_avx512();
+  int64_t each = is_wide ? (n + PANEL - 1) / PANEL : n, cost = is_wide ? PANEL * k : k;
+  const Group* all = groups.data();
+  parallel(int64_t(groups.size()) * each, cost, [=](int64_t begin, int64_t end) {
+    if (is_wide)
+      wide_panels(x, w, n, k, out, all, begin, end);
+    else
+      rows(x, w, n, k, out, all, begin, end);
+  });
 }
 
 }  // namespace
@@ -135,9 +215,9 @@ extern "C" {
 void gemv_plain(const float* x, const void* weight, const int64_t* group_sizes, float* out,
                 int64_t n_experts, int64_t n, int64_t k, int64_t weight_is_bf16) {
   if (weight_is_bf16)
-    grouped(Plain<bf16>{(const bf16*)weight, n, k}, x, group_sizes, n_experts, out);
+    plain(x, (const bf16*)weight, group_sizes, out, n_experts, n, k);
   else
-    grouped(Plain<float>{(const float*)weight, n, k}, x, group_sizes, n_experts, out);
+    plain(x, (const float*)weight, group_sizes, out, n_experts, n, k);
 }
 
 void gemv_fp8(const float* x, const uint8_t* weight, const void* scale, const int64_t* group_sizes,

@@ -14,13 +14,27 @@
 // Compiled once for each of these, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// For what needs 32 registers of sixteen floats; KEEP holds a value in one, where the compiler
+// would load it anew for each product.
+#define AVX512 __attribute__((target("arch=x86-64-v4")))
+#define KEEP(v) asm("" : "+v"(v))
+static inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
 #else
 #define CLONES
+#define AVX512
+#define KEEP(v)
+static inline bool has_avx512() { return false; }
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
 constexpr int64_t LANES = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int16_t i16x16 __attribute__((vector_size(32)));
@@ -91,12 +105,15 @@ INLINE float rounded(float x) {
   return get(&t);
 }
 
+// Lanes that are half the width apart are added, then those of what is left.
 INLINE float sum(f32x16 v) {
-  float s[LANES];
-  store(s, v);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) s[i] += s[i + width];
-  return s[0];
+  f32x8 v8[2];
+  memcpy(v8, &v, sizeof v);
+  v8[0] += v8[1];
+  f32x4 v4[2];
+  memcpy(v4, v8, sizeof v4);
+  v4[0] += v4[1];
+  return (v4[0][0] + v4[0][2]) + (v4[0][1] + v4[0][3]);
 }
 
 // sum_i a[i] b[i], for M rows of `a` against one of `b`, which is read once.
