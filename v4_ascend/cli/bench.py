@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from v4_ascend.cli.bench_context import context_command
 from v4_ascend.cli.bench_ops import ops_command
 from v4_ascend.cli.bench_serve import serve_command
 from v4_ascend.cli.convert import Format
@@ -25,6 +26,7 @@ class Against(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the command group to the app."""
+    bench.command("context")(context_command)
     bench.command("ops")(ops_command)
     bench.command("serve")(serve_command)
     app.add_typer(bench, name="bench")
