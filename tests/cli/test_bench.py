@@ -90,3 +90,14 @@ def test_loading_is_timed_against_the_files(tmp_path):
     )["data"]
     assert found["bytes"] == sum(h.nbytes for h in Checkpoint(tmp_path / "c").headers.values())
     assert all(rate > 0 for rate in found["bytes_per_s"].values())
+
+
+def test_the_start_and_a_search_are_timed():
+    done = _run("plan", "--topology", "supernode", "--rounds", 1, "--json")
+    assert done.exit_code == 0, done.exception
+    found = json.loads(done.stdout)["data"]
+    assert found["devices"] == 64
+    assert found["judged"] > 64
+    assert 0 < found["seconds"]["python"] < found["seconds"]["v4-ascend --help"]
+    assert found["seconds"]["search"] > 0
+    assert isinstance(_run("plan").exception, ConfigError)

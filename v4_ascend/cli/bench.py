@@ -12,6 +12,7 @@ import typer
 
 from v4_ascend.cli.bench_context import context_command
 from v4_ascend.cli.bench_ops import ops_command
+from v4_ascend.cli.bench_plan import plan_command
 from v4_ascend.cli.bench_serve import serve_command
 from v4_ascend.cli.convert import Format
 
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     """Add the command group to the app."""
     bench.command("context")(context_command)
     bench.command("ops")(ops_command)
+    bench.command("plan")(plan_command)
     bench.command("serve")(serve_command)
     app.add_typer(bench, name="bench")
 
