@@ -9,6 +9,7 @@ from v4_ascend.emulation.vendor import (
     attention,
     cache,
     compressor,
+    expert_gemm,
     gate,
     gemm,
     hyper_connection,
@@ -264,7 +265,7 @@ def test_experts_in_int8(g):
         group_type=0, group_list_type=0, output_dtype=15,
     )[0]  # fmt: skip
     assert (product[:10].float() - want).norm() / want.norm() < 0.02
-    act, act_scale, _ = gemm.grouped_matmul_swiglu_quant(
+    act, act_scale, _ = expert_gemm.grouped_matmul_swiglu_quant(
         q, w, w_scale, q_scale, cumulative, swiglu_limit=10.0
     )
     clamped = swiglu.reference(want, 10.0, None)

@@ -142,6 +142,13 @@ def _experts_v2(
     return _expert_rows(x, weight[0].shape[-2 if transpose_weight else -1])
 
 
+@_of("dispatch_ffn_combine")
+def _expert_layer(
+    out: torch.Tensor, expert_token_nums: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return out, expert_token_nums  # which it writes
+
+
 @_of("npu_swiglu_group_quant")
 def _swiglu_quant(
     x: torch.Tensor, dst_type: torch.dtype, **_: Any

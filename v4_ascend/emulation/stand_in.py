@@ -24,6 +24,13 @@ from v4_ascend.emulation.meta import META, by_name
 
 ALL = ("a2", "a3", "950")
 CUSTOM = "_C_ascend"
+# Stock operators of V3.2, which take V4's tensors and would give wrong rows.
+OF_V32 = (
+    "npu_lightning_indexer",
+    "npu_quant_lightning_indexer",
+    "npu_sparse_flash_attention",
+    "npu_kv_quant_sparse_flash_attention",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,8 @@ def install(chip: Chip) -> tuple[torch.library.Library, Kernels]:
             if chip.generation not in known.generations:
                 kernel = _refused(known, chip)
             stock.register(name, kernel)
+    for name in OF_V32:
+        stock.register(name, _wrong_for_v4(name))
     return custom, stock
 
 
@@ -108,6 +117,16 @@ def _by_argument(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:
 def _not_emulated(name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name} is known by its schema only: it has no CPU stand-in")
+
+    return call
+
+
+def _wrong_for_v4(name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{name} is V3.2's: its causal limit does not know that a key stands for several "
+            "tokens, so it is wrong for V4's compressed rows; use those of _C_ascend"
+        )
 
     return call
 

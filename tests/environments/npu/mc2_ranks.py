@@ -25,7 +25,14 @@ import torch_npu  # noqa: E402
 
 from v4_ascend.backends.ascend import mc2  # noqa: E402
 from v4_ascend.emulation import calls, reset_calls  # noqa: E402
-from v4_ascend.ops import act_quant, moe_combine, moe_dispatch, use_policy  # noqa: E402
+from v4_ascend.ops import (  # noqa: E402
+    act_quant,
+    int8_act_quant,
+    moe_combine,
+    moe_dispatch,
+    swiglu,
+    use_policy,
+)
 from v4_ascend.ops.check import assert_close  # noqa: E402
 from v4_ascend.ops.formats import dequantize_groups  # noqa: E402
 from v4_ascend.ops.op import ROUNDED  # noqa: E402
@@ -161,6 +168,83 @@ def refusals(name):
     return said
 
 
+def layers(name):
+    """Return the fused layer's error on INT8 and bf16 experts, and what it says of bad calls."""
+    g = torch.Generator().manual_seed(3)
+    local, inner, limit = N_EXPERTS // SIZE, 64, 2.0
+    w13 = torch.randn(N_EXPERTS, DIM, 2 * inner, generator=g) / DIM**0.5 * 3
+    w2 = torch.randn(N_EXPERTS, inner, DIM, generator=g) / inner**0.5
+    parts = [inputs(g, 5 + r) for r in range(SIZE)]  # tokens of each rank differ
+    mine = slice(RANK * local, (RANK + 1) * local)
+    active = torch.arange(5 + RANK) % 3 != 1
+    ids = parts[RANK][1].int()
+    ids[0, 0] = N_EXPERTS  # nobody
+    seen = {}
+    for kind in ("int8", "bf16"):
+        first, second = (_stored(w, kind) for w in (w13, w2))
+        out = torch.full((5 + RANK, DIM), 7.0, dtype=torch.bfloat16, device="npu")
+        call = {
+            "x": parts[RANK][0].to("npu"),
+            "weight1": [first[0][mine].to("npu")], "weight2": list(second[0][mine].to("npu")),
+            "expert_idx": ids.to("npu"),
+            "scale1": [_bits(first[1][mine])], "scale2": list(_bits(second[1][mine])),
+            "bias1": [], "bias2": [], "probs": parts[RANK][2].to("npu"), "group": name,
+            "max_output_size": 512, "out": out,
+            "expert_token_nums": torch.zeros(1, local, dtype=torch.int32, device="npu"),
+            "x_active_mask": active.to("npu"), "swiglu_limit": limit,
+        }  # fmt: skip
+        fused = torch.ops._C_ascend.dispatch_ffn_combine.default
+        torch.library.opcheck(fused, (), call, test_utils="test_faketensor")
+        out.fill_(7.0)
+        fused(**call)
+        want = torch.zeros(5 + RANK, DIM)
+        for t, k in (ids < N_EXPERTS).nonzero().tolist():
+            e = int(ids[t, k])
+            row = _product(parts[RANK][0][t : t + 1], first, e, kind)
+            row = _product(swiglu.reference(row, limit, None), second, e, kind)
+            want[t] += row[0] * parts[RANK][2][t, k]
+        assert_close(out.cpu()[active], want.bfloat16()[active], ROUNDED)
+        assert bool(out.cpu()[~active].isnan().all())
+        counted = call["expert_token_nums"].flatten().tolist()
+        everyones = [p[1].int() for p in parts]
+        for theirs in everyones:
+            theirs[0, 0] = N_EXPERTS
+        going = torch.cat([p[torch.arange(5 + r) % 3 != 1] for r, p in enumerate(everyones)])
+        rows = torch.bincount(going.flatten().long(), minlength=N_EXPERTS + 1)
+        assert counted == rows[mine].tolist()
+        bad = {
+            "ids": {"expert_idx": call["expert_idx"] + N_EXPERTS},
+            "rows": {"max_output_size": 1},
+            "out": {"out": out.float()},
+            "group": {"group": "hccl_world_group"},
+            "depth": {"x": call["x"][:, : DIM // 2].contiguous()},
+            "nobody": {"weight1": []},
+        }
+        seen[kind] = {what: refused(fused, call | change) for what, change in bad.items()}
+    return seen
+
+
+def _stored(weight, kind):
+    """A weight as its experts store it, and its factors [e, n]."""
+    if kind == "bf16":
+        return weight.bfloat16(), torch.ones(len(weight), weight.shape[2])
+    values, scale = int8_act_quant.reference(weight.transpose(1, 2))
+    return values.transpose(1, 2).contiguous(), scale
+
+
+def _bits(scale):
+    """Factors as the vendor takes them: fp32 in the low halves of int64."""
+    return (scale.contiguous().view(torch.int32).long() & 0xFFFFFFFF).to("npu")
+
+
+def _product(x, stored, expert, kind):
+    weight, scale = stored[0][expert].float(), stored[1][expert]
+    if kind == "bf16":
+        return x.float() @ weight
+    values, by_row = int8_act_quant.reference(x)
+    return (values.float() @ weight) * scale * by_row.unsqueeze(1)
+
+
 def refused(operator, call):
     try:
         operator(**call)
@@ -185,6 +269,7 @@ def main():
             found.append(batch(group, parts, fp8=has_fp8 and number % 2 == 1))
         seen = {"calls": found, "said": refusals(name), "name": name}
         seen["misordered"] = misordered(group)
+        seen["layer"] = layers(name) if CHIP == "a3" else None
     dist.barrier()
     dist.destroy_process_group()
     (Path(OUT) / f"{RANK}.json").write_text(json.dumps(seen))

@@ -2,6 +2,10 @@
 
     python run_on_chip.py kernels CHIP OUT SHAPES
     python run_on_chip.py record CHIP OUT CHECKPOINT IDS PREFILL CHUNK
+    python run_on_chip.py both CHIP OUT CHECKPOINT IDS PREFILL CHUNK FEW_IDS
+
+both records again, of a few tokens, what the chip does where vllm-ascend's package is not
+installed: beside OUT, as stock-OUT.
 
 OUT is JSON: for kernels a list of results, and what opcheck says of each vendor operator; for
 record the calls of vendor operators, and the record itself lies beside it.
@@ -16,7 +20,7 @@ from opchecks import FirstCalls, problem, uncalled
 from oracles import wanted
 
 from v4_ascend.backends import BACKENDS
-from v4_ascend.backends.ascend import soc
+from v4_ascend.backends.ascend import custom_ops, soc
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.emulation import calls, install, reset_calls
 from v4_ascend.ops import OPS, use_policy
@@ -80,8 +84,18 @@ def record_logits(out, folder, ids, prefill, chunk):
     Path(out).write_text(json.dumps(calls("_C_ascend") | calls("npu")))
 
 
+def record_with_and_without_the_package(out, folder, ids, prefill, chunk, few):
+    """As `record_logits`; then with torch_npu's own operators and plain torch alone."""
+    record_logits(out, folder, ids, prefill, chunk)
+    custom_ops.has_c_ascend = lambda name: False
+    custom_ops.why_no_c_ascend = lambda: "left out for a test"
+    stock = Path(out).with_name(f"stock-{Path(out).name}")
+    record_logits(stock, folder, few, 5, chunk)
+
+
 if __name__ == "__main__":
     what, chip, *rest = sys.argv[1:]
     install(chip)
     ASCEND.use_chip(None)  # what the emulated device says it is
-    {"kernels": kernels, "record": record_logits}[what](*rest)
+    both = record_with_and_without_the_package
+    {"kernels": kernels, "record": record_logits, "both": both}[what](*rest)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from v4_ascend.backends.ascend import soc
 from v4_ascend.checkpoint.convert import Conversion
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.reader import Checkpoint
@@ -30,13 +31,17 @@ from v4_ascend.config.presets import preset_path
 from v4_ascend.runtime.compare import compare, open_pair
 from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
 
+# A step of many ranks: test_parallel_npu.py counts them, on every rank.
+OF_MANY_RANKS = ("npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2")
 RUNNER = Path(__file__).with_name("run_on_chip.py")
 TOKENS, PREFILL, CHUNK, TOPK = 142, 139, 90, 32
 STEPS = 2 + TOKENS - PREFILL
+FEW = 6  # tokens where what is called matters alone
 LAYERS = 3  # window only, HCA, CSA
 EMULATED = {"a2": "a2", "a3": "a3", "950": "950dt"}
 RUNS = [("a2", "bf16"), ("a2", "w4a8"), ("a3", "w8a8"), ("950", "fp8")]  # A3 calls what A2 calls
 CONVERTED = ("w8a8", "w4a8")
+STOCK = {"950": "fp8"}  # without vllm-ascend's operators too; it has all of the stock ones
 RECORDS = {"a2": "bf16, int8", "a3": "bf16, int8", "950": "fp8_640, fp8_132"}
 # Median error of the logits. Without simulation the int8 choice of rows is what differs; with
 # it a value near a tie rounds the other way now and then: measured 0.01 and 0.07.
@@ -94,6 +99,7 @@ def folder(tmp_path_factory):
     vocab_size = _config("bf16").vocab_size
     ids = torch.randint(0, vocab_size, (1, TOKENS), generator=g)
     save_file({"input_ids": ids}, made / "ids.safetensors")
+    save_file({"input_ids": ids[:, :FEW]}, made / "few.safetensors")
     yield made
     shutil.rmtree(made)
 
@@ -125,19 +131,32 @@ def by_references(folder):
     return make
 
 
+@pytest.fixture(scope="module")
+def on_chip(folder):
+    """Return a function: the calls a chip made of a checkpoint, once, in a process of its own."""
+
+    @cache
+    def ask(chip, kind):
+        out = folder / f"{chip}-{kind}.json"
+        what, few = ("both", [folder / "few.safetensors"]) if chip in STOCK else ("record", [])
+        arguments = [folder / kind, folder / "ids.safetensors", PREFILL, CHUNK, *few]
+        done = subprocess.run(
+            [sys.executable, RUNNER, what, EMULATED[chip], out, *map(str, arguments)],
+            env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out
+
+    return ask
+
+
 @pytest.mark.parametrize(("chip", "kind"), RUNS)
-def test_logits_are_the_references_and_every_operator_is_called(folder, by_references, chip, kind):
+def test_logits_are_the_references_and_every_operator_is_called(by_references, on_chip, chip, kind):
     expected = by_references(kind)
-    out = folder / f"{chip}-{kind}.json"
-    arguments = [folder / kind, folder / "ids.safetensors", PREFILL, CHUNK]
-    done = subprocess.run(
-        [sys.executable, RUNNER, "record", EMULATED[chip], out, *map(str, arguments)],
-        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = on_chip(chip, kind)
 
     a, b, bounds = open_pair(expected, out.with_suffix(".safetensors"))
     found = compare(a, b, bounds)
@@ -152,3 +171,43 @@ def test_logits_are_the_references_and_every_operator_is_called(folder, by_refer
     wanted.update({name: n * STEPS for name, n in _INT8.items() if is_int8})
     wanted.update({name: n * (STEPS - 1) for name, n in _INT8_CHOICE.items() if is_int8})
     assert json.loads(out.read_text()) == wanted
+
+
+@pytest.mark.parametrize("chip", STOCK)
+def test_without_the_package_the_stock_operators_are_called(by_references, on_chip, chip):
+    """What torch_npu alone brings of every row of the table that a network of this kind takes."""
+    kind = STOCK[chip]
+    expected = load_file(by_references(kind))["logits"][:, :FEW]
+    made = on_chip(chip, kind)
+    out = made.with_name(f"stock-{made.name}")
+    logits = load_file(out.with_suffix(".safetensors"))["logits"]
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.shape == (1, FEW)
+    assert float(errors.median()) < MEDIAN[kind]
+    called = json.loads(out.read_text())
+    assert all(n > 0 for n in called.values())
+    assert set(called) == _stock(chip)
+
+
+def _stock(chip):
+    """Stock operators of the table that one rank can call; INT8's need an INT8 checkpoint."""
+    return {
+        name
+        for row in soc.TABLE
+        if chip in row.chips and "int8" not in row.op
+        for name in (row.vendor, *row.beside)
+        if name.startswith("npu::") and name not in OF_MANY_RANKS
+    }
+
+
+@pytest.mark.parametrize("chip", soc.CHIPS)
+def test_every_vendor_operator_of_the_table_is_called_by_a_network(chip):
+    """By the runs above, whose counts they hold: with the package, without it, in INT8.
+
+    Kernels are tested on every chip; networks of INT8 on A2 and A3, of stock operators on the 950.
+    """
+    called = set(PER_STEP[chip]) | set(PER_CHOICE[chip]) | set(_INT8) | _stock("950")
+    rows = [r for r in soc.TABLE if chip in r.chips and not r.vendor.startswith("triton::")]
+    of_table = {name for row in rows for name in (row.vendor, *row.beside)}
+    assert of_table - set(OF_MANY_RANKS) == called & of_table
+    assert of_table >= set(OF_MANY_RANKS)

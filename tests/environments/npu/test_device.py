@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch_npu
 
+from v4_ascend.backends.ascend import soc
 from v4_ascend.emulation import calls, install
 from v4_ascend.emulation.chips import CHIPS
-from v4_ascend.emulation.stand_in import STAND_INS, schemas
+from v4_ascend.emulation.stand_in import OF_V32, STAND_INS, schemas
 from v4_ascend.errors import V4AscendError
 
 NPU = "npu:0"
@@ -138,8 +139,32 @@ def test_calls_are_counted():
 def test_an_operator_without_a_stand_in_fails_with_its_name():
     with pytest.raises(RuntimeError, match="aclnnSwiGlu"):
         torch_npu.npu_swiglu(torch.ones(2, 8, device=NPU))
-    # V3.2's: its causal limit is wrong for compressed keys, so it stays out on purpose.
-    assert "npu::npu_quant_lightning_indexer" not in STAND_INS
+
+
+def _some_call(schema):
+    """Arguments that an operator's schema takes: tensors of one element, zeros and empty names."""
+    of_kind = {
+        "Tensor": torch.ones(1, device=NPU),
+        "int": 0,
+        "float": 0.0,
+        "str": "",
+        "bool": False,
+    }
+    required = [a for a in schema.arguments if not a.has_default_value() and not a.kwarg_only]
+    named = [a for a in schema.arguments if not a.has_default_value() and a.kwarg_only]
+    args = [of_kind.get(str(a.type)) for a in required]  # None for what is optional
+    return args, {a.name: of_kind.get(str(a.type)) for a in named}
+
+
+@pytest.mark.parametrize("name", soc.NEVER)
+def test_v32s_indexer_and_attention_are_refused(name):
+    """They take V4's tensors: what is emulated must not let a call to them pass."""
+    op = getattr(torch.ops.npu, name).default
+    args, kwargs = _some_call(op._schema)
+    with pytest.raises(RuntimeError, match=f"{name} is V3.2's: its causal limit"):
+        op(*args, **kwargs)
+    assert f"npu::{name}" not in STAND_INS
+    assert name in OF_V32
 
 
 def test_every_stand_in_has_a_schema():
@@ -151,7 +176,7 @@ def test_every_stand_in_has_a_schema():
         else:
             assert recorded[operator][0] == known.generations
     without = set(recorded) - {n.partition("::")[2] for n in STAND_INS if n.startswith("_C")}
-    assert without == {"dispatch_ffn_combine"}
+    assert without == set()
 
 
 def test_stand_ins_take_what_the_schema_says():

@@ -35,6 +35,16 @@ REFUSALS = {
 }
 
 
+LAYER_REFUSALS = {
+    "ids": "expert_idx is outside; 0 to 12, which is nobody",
+    "rows": "max_output_size is 1; .* rows arrive",
+    "out": "out.dtype is torch.float32; it must be bfloat16",
+    "group": "group is 'hccl_world_group'; it must name an HCCL communicator",
+    "depth": r"weight1.shape is \[4, 1024, 128\]; it must be \[any, 512, any\]",
+    "nobody": r"len\(weight1\) is 0; one tensor for all experts, or one each",
+}
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def chip(request):
     return request.param
@@ -90,3 +100,15 @@ def test_a_call_that_the_vendors_page_rules_out_is_refused(ranks, chip, what):
 def test_rows_in_another_order_are_found_at_the_first_call(ranks):
     for seen in ranks:
         assert "rows do not arrive by expert, rank and token" in seen["misordered"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_the_fused_layer_is_the_references_experts(ranks, chip, kind):
+    """The ranks compared rows and counts; here, what it refuses. Only the A3 has it."""
+    for seen in ranks:
+        if chip != "a3":
+            assert seen["layer"] is None
+            continue
+        for what, said in seen["layer"][kind].items():
+            assert re.search(LAYER_REFUSALS[what], said), (what, said)
+        assert seen["layer"][kind].keys() == LAYER_REFUSALS.keys()

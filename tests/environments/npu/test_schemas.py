@@ -74,6 +74,24 @@ def calls():
     batched = (t(5, 8, 64, dtype=BF16), t(8, 64, 32, dtype=BF16))
     perms = {"perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]}
     yield "npu_transpose_batchmatmul", batched, perms
+    factors = {"x1_scale": scales(5, 8, 1, 2), "x2_scale": scales(8, 1, 32, 2)}
+    narrow = (t(5, 8, 64, dtype=e4), t(8, 64, 32, dtype=e4), 15)
+    yield "npu_transpose_quant_batchmatmul", narrow, perms | factors | {"group_sizes": [0, 0, 32]}
+    factors = {"x1_scale": t(5), "x2_scale": t(128)}
+    narrow = (t(5, 8, 512, dtype=e4), t(8, 512, 128, dtype=e4), 15)
+    yield "npu_transpose_quant_batchmatmul", narrow, perms | factors
+    ends = ints([4, 4, 7, 10])
+    fused = ([t(4, 64, 256, dtype=torch.int8)], [t(4, 256)], t(10).abs(), ends)
+    yield "npu_grouped_matmul_swiglu_quant_v2", (t(10, 64, dtype=torch.int8), *fused), {}
+    fused = ([t(4, 64, 256, dtype=e4)], [scales(4, 1, 256, 2)], scales(10, 1, 2), ends)
+    named = {"dequant_mode": 2, "quant_mode": 2, "quant_dtype": 24}
+    named |= {"weight_scale_dtype": E8M0, "x_scale_dtype": E8M0}
+    yield "npu_grouped_matmul_swiglu_quant_v2", (t(10, 64, dtype=e4), *fused), named
+    added = (t(5, 160, dtype=BF16), t(5, 160, dtype=BF16), t(160, dtype=BF16))
+    for chosen in ({}, {"dst_type": 292}, {"dst_type": 292, "scale_alg": 1}):
+        yield "npu_add_rms_norm_dynamic_mx_quant", added, chosen
+    pairs = (t(5, 2, 3, 64, dtype=BF16), t(5, 1, 1, 64, dtype=BF16), t(5, 1, 1, 64, dtype=BF16))
+    yield "npu_interleave_rope", pairs, {}
     turn = (t(5, 1, 2, 64, dtype=BF16), t(5, 1, 1, 64, dtype=BF16), t(5, 1, 1, 64, dtype=BF16))
     yield "npu_rotary_mul", (*turn, "interleave"), {}
     update = (t(10, 64, dtype=BF16), ints([[1], [9]]), t(2, 64, dtype=BF16))

@@ -2,8 +2,11 @@
 
 from v4_ascend.emulation.vendor import (
     attention,
+    batched,
     cache,
     compressor,
+    expert_gemm,
+    expert_layer,
     gate,
     gemm,
     hyper_connection,
@@ -16,8 +19,11 @@ from v4_ascend.emulation.vendor import (
 
 __all__ = [
     "attention",
+    "batched",
     "cache",
     "compressor",
+    "expert_gemm",
+    "expert_layer",
     "gate",
     "gemm",
     "hyper_connection",

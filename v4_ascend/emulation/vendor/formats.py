@@ -55,19 +55,32 @@ def from_fp4(packed: torch.Tensor) -> torch.Tensor:
     return pairs.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
-def mx_quant(x: torch.Tensor, fp4: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def mx_quant(
+    x: torch.Tensor, fp4: bool, round_up: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise groups of 32 as OCP MX: values and scale bytes [..., ceil(n / 64), 2].
 
-    The shared exponent is ``floor(log2(amax)) - emax``, so the largest value may saturate.
+    The shared exponent is ``floor(log2(amax)) - emax``, so the largest value may saturate; with
+    `round_up` it is the smallest that saturates nothing.
     """
     n = x.shape[-1]
     padded = torch.nn.functional.pad(x.float(), (0, -n % (2 * MX_GROUP)))
     groups = padded.unflatten(-1, (-1, MX_GROUP))
-    exponent = torch.floor(torch.log2(groups.abs().amax(-1).clamp_min(2.0**-126)))
-    exponent = (exponent - (2 if fp4 else 8)).clamp(-127, 127)
+    largest = groups.abs().amax(-1).clamp_min(2.0**-126)
+    if round_up:
+        exponent = torch.ceil(torch.log2(largest / (FP4_MAX if fp4 else FP8_MAX)))
+    else:
+        exponent = torch.floor(torch.log2(largest)) - (2 if fp4 else 8)
+    exponent = exponent.clamp(-127, 127)
     scaled = (groups / torch.exp2(exponent).unsqueeze(-1)).flatten(-2)[..., :n]
     scale = (exponent + 127).to(torch.uint8).unflatten(-1, (-1, 2))
     return (to_fp4(scaled) if fp4 else to_fp8(scaled)), scale
+
+
+def low_words(scale: torch.Tensor) -> torch.Tensor:
+    """Factors in fp32 of int64 [...] that carry them in their low halves."""
+    words = (scale & 0xFFFFFFFF).numpy().astype("uint32").view("float32")
+    return torch.from_numpy(words)
 
 
 def mx_scales(scale: torch.Tensor, n: int) -> torch.Tensor:

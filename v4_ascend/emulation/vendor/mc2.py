@@ -14,22 +14,23 @@ import torch.distributed as dist
 
 from v4_ascend.emulation.checks import Checks
 from v4_ascend.emulation.stand_in import running_on, stand_in
-from v4_ascend.emulation.vendor.mc2_checks import Call, check_scales, checked
+from v4_ascend.emulation.vendor.mc2_checks import check_scales, checked
 
 INFO = 128  # int32 of a row in assist_info_for_combine
 COOKIE = 0x4D4332  # marks a row's info, so that another tensor in its place is noticed
 
 
-def _exchanged(
-    call: Call, rows: torch.Tensor, leaving: list[int], arriving: list[int]
+def exchanged(
+    group: dist.ProcessGroup, rows: torch.Tensor, leaving: list[int], arriving: list[int]
 ) -> torch.Tensor:
+    """Send each rank its rows of `rows`, in order, and return what the others sent here."""
     got = rows.new_empty(sum(arriving), *rows.shape[1:])
     dist.all_to_all_single(
         got.view(torch.uint8),
         rows.contiguous().view(torch.uint8),
         arriving,
         leaving,
-        group=call.group,
+        group=group,
     )
     return got
 
@@ -87,8 +88,8 @@ def npu_moe_distribute_dispatch_v2(
     dist.all_to_all_single(got_counts, sent_counts, group=call.group)
     leaving, arriving = sent_counts.sum(1).tolist(), got_counts.sum(1).tolist()
     names = torch.stack((order * 0 + COOKIE, order * 0 + call.rank, order // k, order % k), dim=1)
-    rows = _exchanged(call, x[order // k], leaving, arriving)
-    names = _exchanged(call, names.int(), leaving, arriving)
+    rows = exchanged(call.group, x[order // k], leaving, arriving)
+    names = exchanged(call.group, names.int(), leaving, arriving)
     expert = torch.arange(call.n_local).repeat(call.size).repeat_interleave(got_counts.flatten())
     by_expert = expert.sort(stable=True).indices  # by rank and token within an expert already
     n = len(rows)
@@ -100,7 +101,9 @@ def npu_moe_distribute_dispatch_v2(
     counts = got_counts.T.flatten().cumsum(0).int()
     expand_scales = torch.empty(0)
     if expert_scales is not None:
-        weights = _exchanged(call, expert_scales.flatten()[order].unsqueeze(1), leaving, arriving)
+        weights = exchanged(
+            call.group, expert_scales.flatten()[order].unsqueeze(1), leaving, arriving
+        )
         expand_scales = torch.full((call.capacity,), float("nan"))
         expand_scales[:n] = weights.flatten()[by_expert]
         if running_on().generation != "950":
@@ -186,8 +189,8 @@ def npu_moe_distribute_combine_v2(
     arriving = torch.empty_like(leaving)
     dist.all_to_all_single(arriving, leaving, group=call.group)
     sent, got = leaving.tolist(), arriving.tolist()
-    back = _exchanged(call, expand_x[:n][order], sent, got)
-    at = _exchanged(call, info[:n, 2:4][order], sent, got).long()
+    back = exchanged(call.group, expand_x[:n][order], sent, got)
+    at = exchanged(call.group, info[:n, 2:4][order], sent, got).long()
     (tokens, k), h = expert_ids.shape, expand_x.shape[1]
     active = tokens if x_active_mask is None else int(x_active_mask.sum())
     whole = len(at) == active * k and bool((at[:, 0] < active).all())

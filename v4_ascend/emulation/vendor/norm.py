@@ -54,6 +54,69 @@ def npu_rms_norm_dynamic_quant(
     return formats.per_token(y, torch.int8)
 
 
+@stand_in("npu::npu_add_rms_norm_dynamic_mx_quant", ("950",))
+def npu_add_rms_norm_dynamic_mx_quant(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    gamma: torch.Tensor,
+    *,
+    beta: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+    scale_alg: int = 0,
+    round_mode: str = "rint",
+    dst_type: int = 296,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the normed sum in MXFP8 or MXFP4, the sum, the scale bytes, and 1 / rms [..., 1].
+
+    1 / rms as torch_npu 2.13's Meta kernel has it; newer pages leave it empty without gradients.
+    `scale_alg` 0 rounds a scale down as OCP does, 1 (fp8 alone) up so that nothing saturates.
+    """
+    check = Checks(
+        "npu_add_rms_norm_dynamic_mx_quant", "op-plugin npu_add_rms_norm_dynamic_mx_quant.md"
+    )
+    check.dtype(*HALVES, x1=x1)
+    check.dtype(x1.dtype, x2=x2)
+    check.need(1 <= x1.dim() <= 7, "x1.dim()", x1.dim(), "1 to 7 dims")
+    check.shape(*x1.shape, x2=x2)
+    check.shape(x1.shape[-1], gamma=gamma, beta=beta)
+    check.dtype(x1.dtype, torch.float32, gamma=gamma)
+    check.dtype(gamma.dtype, beta=beta)
+    check.one_of(("rint",), round_mode=round_mode)
+    kind = _destination(check, dst_type, formats.ACL_FP4)
+    check.one_of((formats.ACL_E4M3, formats.ACL_FP4), dst_type=kind)
+    fp4 = kind == formats.ACL_FP4
+    check.one_of((0,) if fp4 else (0, 1), scale_alg=scale_alg)
+    even = x1.shape[-1] % 2 == 0
+    check.need(even or not fp4, "x1.shape[-1]", x1.shape[-1], "even for fp4")
+    total = x1.float() + x2.float()
+    y, rstd = _rms(total, gamma, epsilon)
+    if beta is not None:
+        y = y + beta.float()
+    values, scale = formats.mx_quant(y, fp4, round_up=scale_alg == 1)
+    return values, total.to(x1.dtype), scale, rstd
+
+
+@stand_in("npu::npu_interleave_rope")
+def npu_interleave_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn pairs of neighbours of x [B, N, S, 64]: firsts in the front half, seconds behind.
+
+    Unlike `npu_rotary_mul` it leaves them apart: pairs come out as halves.
+    """
+    check = Checks("npu_interleave_rope", "op-plugin npu_interleave_rope.md")
+    on_950 = running_on().generation == "950"
+    check.dtype(*HALVES, *((torch.float32,) if on_950 else ()), x=x)
+    check.dtype(x.dtype, cos=cos, sin=sin)
+    check.shape(None, None, None, 64, x=x)
+    batch, _, steps, width = x.shape
+    rows = 1 if cos.dim() == 4 and cos.shape[2] == 1 else steps
+    check.shape(batch, 1, rows, width, cos=cos, sin=sin)
+    if not on_950:
+        check.contiguous(x=x, cos=cos, sin=sin)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    apart, turned = torch.cat((first, second), -1), torch.cat((-second, first), -1)
+    return (apart * cos.float() + turned * sin.float()).to(x.dtype)
+
+
 @stand_in("npu::npu_rotary_mul")
 def npu_rotary_mul(
     input: torch.Tensor,
