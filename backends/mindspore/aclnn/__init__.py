@@ -1,27 +1,40 @@
 """The vendor's aclnn operators, called from MindSpore on an Ascend device.
 
 Source in the repository, compiled by MindSpore's CustomOpBuilder where CANN is. Never compiled
-against CANN and never run: without CANN, tests compare argument orders and check the syntax.
-They are no kernels of the dispatcher, whose MindSpore tensors live on the CPU: call them by
-hand, in PyNative mode, on ``mindspore.Tensor``.
+against CANN and never run: without CANN, tests compare argument orders, check the syntax, and let
+MindSpore's compiler trace graphs of the operators on its CPU target. They are no kernels of the
+dispatcher, whose MindSpore tensors live on the CPU: call them by hand, on ``mindspore.Tensor``.
 
-    aclnn_operators().npu_hc_post(x, residual, post, comb)
+    aclnn_operators().npu_hc_post(x, residual, post, comb)      # eager
+    operators = load()                                          # and in graphs
+
+    @mindspore.jit
+    def layer(x, residual, post, comb):
+        return operators.npu_hc_post(x, residual, post, comb)
+
+In a graph tensors have no gaps: a cache whose pages lie apart would be copied, and what is written
+to it lost.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from v4_ascend.backends.mindspore import MINDSPORE
+from v4_ascend.backends.mindspore.aclnn.graph import write_definitions
 from v4_ascend.backends.mindspore.aclnn.interface import why_not_installed
 from v4_ascend.backends.mindspore.aclnn.operators import AclnnOperators
 from v4_ascend.errors import BackendUnavailableError
 
 NAME = "v4_ascend_aclnn"
+SOURCES = ("v4_ops.cc", "v4_graph.cc", "v4_graph_kernels.cc")
+# MindSpore 2.10 links with it, behind a --rpath that takes it for its path.
+CORE = "-Wl,--no-as-needed -lmindspore_core"
 
 
 def why_unavailable() -> str | None:
@@ -43,6 +56,8 @@ def why_unavailable() -> str | None:
 def load() -> Any:
     """Compile the operators with CustomOpBuilder, once, and return the module.
 
+    Its functions are called eagerly or in a graph.
+
     Raises:
         BackendUnavailableError: no CANN, no MindSpore, or no operator package that fits.
     """
@@ -50,8 +65,11 @@ def load() -> Any:
         raise BackendUnavailableError(f"MindSpore's aclnn operators: {why}")
     from mindspore.ops import CustomOpBuilder
 
-    source = str(Path(__file__).with_name("v4_ops.cc"))
-    return CustomOpBuilder(NAME, source, backend="Ascend").load()
+    sources = [str(Path(__file__).with_name(name)) for name in SOURCES]
+    with tempfile.TemporaryDirectory() as folder:
+        definitions = write_definitions(Path(folder))
+        builder = CustomOpBuilder(NAME, sources, backend="Ascend", ldflags=CORE, op_def=definitions)
+        return builder.load()
 
 
 def aclnn_operators() -> AclnnOperators:

@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include "ms_extension/all.h"
+#include "shapes.h"
 
 namespace v4_ascend {
 using ms::Tensor;
@@ -17,7 +18,6 @@ using Launch = ms::pynative::AclnnOpRunner::AclnnLaunchFunc;
 
 constexpr auto kFloat = ms::TypeId::kNumberTypeFloat32;
 constexpr auto kInt = ms::TypeId::kNumberTypeInt32;
-constexpr int64_t kMetadataSize = 1024;
 
 Tensors Run(const std::string &name, const Launch &launch, const std::vector<Maybe> &inputs,
             const Tensors &outputs) {
@@ -43,20 +43,15 @@ void EmptyForNone(std::initializer_list<Maybe *> lengths) {
 
 Tensors HcPre(const Tensor &x, const Tensor &hc_fn, const Tensor &hc_scale, const Tensor &hc_base, int64_t hc_mult,
               int64_t hc_sinkhorn_iters, double norm_eps, double hc_eps) {
-  auto streams = x.shape();
-  const auto dim = streams.back();
-  streams.pop_back();
-  auto one = streams, square = streams;
-  one.back() = dim;
-  square.push_back(hc_mult);
-  Tensor y(x.data_type(), one), post(kFloat, streams), comb(kFloat, square);
+  const auto shapes = HcPreShapes(x.shape(), hc_mult);
+  Tensor y(x.data_type(), shapes[0]), post(kFloat, shapes[1]), comb(kFloat, shapes[2]);
   const auto launch = LAUNCH_ACLNN_FUNC(aclnnHcPre, x, hc_fn, hc_scale, hc_base, hc_mult, hc_sinkhorn_iters, hc_eps,
                                         norm_eps, y, post, comb);
   return Run("HcPre", launch, {x, hc_fn, hc_scale, hc_base}, {y, post, comb});
 }
 
 Tensors HcPost(const Tensor &x, const Tensor &residual, const Tensor &post, const Tensor &comb) {
-  Tensor out(residual.data_type(), residual.shape());
+  Tensor out(residual.data_type(), HcPostShapes(residual.shape())[0]);
   const auto launch = LAUNCH_ACLNN_FUNC(aclnnHcPost, x, residual, post, comb, out);
   return Run("HcPost", launch, {x, residual, post, comb}, {out});
 }
@@ -66,12 +61,9 @@ Tensors Compressor(const Tensor &x, const Tensor &wkv, const Tensor &wgate, cons
                    const Maybe &state_block_table, const Maybe &cu_seqlens, const Maybe &seqused,
                    const Maybe &start_pos, int64_t rope_head_dim, int64_t cmp_ratio, int64_t coff, double norm_eps,
                    int64_t rotary_mode, int64_t cache_mode) {
-  const auto dim = norm_weight.shape()[0];
-  const bool batched = x.shape().size() == 3;
-  const auto shape = batched ? ShapeVector{x.shape()[0], (x.shape()[1] + cmp_ratio - 1) / cmp_ratio, dim}
-                             : ShapeVector{rope_sin.shape()[0], dim};
+  const auto shapes = CompressorShapes(x.shape(), norm_weight.shape(), rope_sin.shape(), cmp_ratio);
   const auto state_cache_stride = PageStride(state_cache);
-  Tensor cmp_kv(x.data_type(), shape);
+  Tensor cmp_kv(x.data_type(), shapes[0]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnCompressor, x, wkv, wgate, state_cache, ape, norm_weight, rope_sin, rope_cos, state_block_table, cu_seqlens,
     seqused, start_pos, rope_head_dim, cmp_ratio, coff, norm_eps, rotary_mode, cache_mode, state_cache_stride, cmp_kv);
@@ -88,10 +80,9 @@ Tensors SparseAttnSharedkv(const Tensor &q, const Maybe &ori_kv, const Maybe &cm
                            double softmax_scale, int64_t cmp_ratio, int64_t ori_mask_mode, int64_t cmp_mask_mode,
                            int64_t ori_win_left, int64_t ori_win_right, const std::string &layout_q,
                            const std::string &layout_kv, bool return_softmax_lse) {
-  auto lse_shape = q.shape();
-  lse_shape.back() = 1;
+  const auto shapes = AttentionShapes(q.shape(), return_softmax_lse);
   const auto ori_kv_stride = PageStride(ori_kv), cmp_kv_stride = PageStride(cmp_kv);
-  Tensor out(q.data_type(), q.shape()), softmax_lse(kFloat, return_softmax_lse ? lse_shape : ShapeVector{0});
+  Tensor out(q.data_type(), shapes[0]), softmax_lse(kFloat, shapes[1]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnSparseAttnSharedkv, q, ori_kv, cmp_kv, ori_sparse_indices, cmp_sparse_indices, ori_block_table,
     cmp_block_table, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv, sinks, metadata,
@@ -110,7 +101,7 @@ Tensors SparseAttnSharedkvMetadata(int64_t num_heads_q, int64_t num_heads_kv, in
                                    int64_t ori_win_left, int64_t ori_win_right, const std::string &layout_q,
                                    const std::string &layout_kv, bool has_ori_kv, bool has_cmp_kv) {
   EmptyForNone({&cu_seqlens_q, &cu_seqlens_ori_kv, &cu_seqlens_cmp_kv, &seqused_q, &seqused_kv});
-  Tensor metadata(kInt, {kMetadataSize});
+  Tensor metadata(kInt, MetadataShapes()[0]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnSparseAttnSharedkvMetadata, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv,
     num_heads_q, num_heads_kv, head_dim, batch_size, max_seqlen_q, max_seqlen_kv, ori_topk, cmp_topk, cmp_ratio,
@@ -128,10 +119,9 @@ Tensors KvQuantSparseAttnSharedkv(const Tensor &q, int64_t kv_quant_mode, const 
                                   int64_t cmp_ratio, int64_t ori_mask_mode, int64_t cmp_mask_mode, int64_t ori_win_left,
                                   int64_t ori_win_right, const std::string &layout_q, const std::string &layout_kv,
                                   bool return_softmax_lse) {
-  auto lse_shape = q.shape();
-  lse_shape.back() = 1;
+  const auto shapes = AttentionShapes(q.shape(), return_softmax_lse);
   const auto ori_kv_stride = PageStride(ori_kv), cmp_kv_stride = PageStride(cmp_kv);
-  Tensor out(q.data_type(), q.shape()), softmax_lse(kFloat, return_softmax_lse ? lse_shape : ShapeVector{0});
+  Tensor out(q.data_type(), shapes[0]), softmax_lse(kFloat, shapes[1]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnKvQuantSparseAttnSharedkv, q, ori_kv, cmp_kv, ori_sparse_indices, cmp_sparse_indices, ori_block_table,
     cmp_block_table, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv, sinks, metadata,
@@ -152,7 +142,7 @@ Tensors KvQuantSparseAttnSharedkvMetadata(int64_t num_heads_q, int64_t num_heads
                                           int64_t ori_win_left, int64_t ori_win_right, const std::string &layout_q,
                                           const std::string &layout_kv, bool has_ori_kv, bool has_cmp_kv) {
   EmptyForNone({&cu_seqlens_q, &cu_seqlens_ori_kv, &cu_seqlens_cmp_kv, &seqused_q, &seqused_kv});
-  Tensor metadata(kInt, {kMetadataSize});
+  Tensor metadata(kInt, MetadataShapes()[0]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnKvQuantSparseAttnSharedkvMetadata, cu_seqlens_q, cu_seqlens_ori_kv, cu_seqlens_cmp_kv, seqused_q, seqused_kv,
     num_heads_q, num_heads_kv, head_dim, batch_size, max_seqlen_q, max_seqlen_kv, ori_topk, cmp_topk, kv_quant_mode,
@@ -169,11 +159,9 @@ Tensors QuantLightningIndexer(const Tensor &query, const Tensor &key, const Tens
                               const std::string &layout_query, const std::string &layout_key, int64_t sparse_count,
                               int64_t sparse_mode, int64_t pre_tokens, int64_t next_tokens, int64_t cmp_ratio,
                               bool return_value) {
-  auto shape = query.shape();
-  shape[shape.size() - 2] = key.shape()[layout_key == "TND" ? 1 : 2];
-  shape.back() = sparse_count;
+  const auto shapes = IndexerShapes(query.shape(), key.shape(), layout_key, sparse_count, return_value);
   const auto key_stride = PageStride(key), key_dequant_scale_stride = PageStride(key_dequant_scale);
-  Tensor sparse_indices(kInt, shape), sparse_values(kFloat, return_value ? shape : ShapeVector{0});
+  Tensor sparse_indices(kInt, shapes[0]), sparse_values(kFloat, shapes[1]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnVllmQuantLightningIndexer, query, key, weights, query_dequant_scale, key_dequant_scale,
     actual_seq_lengths_query, actual_seq_lengths_key, block_table, metadata, query_quant_mode, key_quant_mode,
@@ -192,7 +180,7 @@ Tensors QuantLightningIndexerMetadata(int64_t num_heads_q, int64_t num_heads_k, 
                                       const std::string &layout_key, int64_t sparse_count, int64_t sparse_mode,
                                       int64_t pre_tokens, int64_t next_tokens, int64_t cmp_ratio) {
   EmptyForNone({&actual_seq_lengths_query, &actual_seq_lengths_key});
-  Tensor metadata(kInt, {kMetadataSize});
+  Tensor metadata(kInt, MetadataShapes()[0]);
   const auto launch = LAUNCH_ACLNN_FUNC(
     aclnnVllmQuantLightningIndexerMetadata, actual_seq_lengths_query, actual_seq_lengths_key, num_heads_q, num_heads_k,
     head_dim, query_quant_mode, key_quant_mode, batch_size, max_seqlen_q, max_seqlen_k, layout_query, layout_key,
@@ -203,8 +191,8 @@ Tensors QuantLightningIndexerMetadata(int64_t num_heads_q, int64_t num_heads_k, 
 Tensors MoeGatingTopKHash(const Tensor &x, int64_t k, const Maybe &bias, const Maybe &input_ids, const Maybe &tid2eid,
                           int64_t k_group, int64_t group_count, double routed_scaling_factor, double eps,
                           int64_t group_select_mode, int64_t renorm, int64_t norm_type, bool out_flag) {
-  const ShapeVector chosen{x.shape()[0], k};
-  Tensor y(x.data_type(), chosen), expert_idx(kInt, chosen), out(kFloat, x.shape());
+  const auto shapes = GateShapes(x.shape(), k);
+  Tensor y(x.data_type(), shapes[0]), expert_idx(kInt, shapes[1]), out(kFloat, shapes[2]);
   const auto launch =
     LAUNCH_ACLNN_FUNC(aclnnMoeGatingTopKHash, x, bias, input_ids, tid2eid, k, k_group, group_count,
                       routed_scaling_factor, eps, group_select_mode, renorm, norm_type, out_flag, y, expert_idx, out);
