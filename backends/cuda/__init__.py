@@ -58,7 +58,11 @@ CUDA = Backend(
     proof=_proof,
     use_chip=_use_chip,
     records=_records,
-    missing=dict.fromkeys(("int8_act_quant", "int8_gemm", "grouped_int8_gemm"), _INT8),
+    missing={
+        "int8_act_quant": _INT8,
+        "int8_gemm": _INT8,
+        "grouped_int8_gemm": _INT8,
+    },
 )
 
 __all__ = ["CUDA"]
