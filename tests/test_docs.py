@@ -37,3 +37,11 @@ def test_links_between_pages_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", ["docs/emulation.md", "docs/ascend.md", "README.md"])
+def test_nothing_that_is_only_emulated_is_called_supported(name):
+    text = (
+        (ROOT / name).read_text().replace("Nothing that is only emulated is called supported.", "")
+    )
+    assert re.findall(r"(?i)\bsupport(?:s|ed)\b", text) == []

@@ -1,13 +1,19 @@
+import html
 import json
+import re
+from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
 from planting import planted_kernel
 from typer.testing import CliRunner
 
+from v4_ascend.backends import Proof
 from v4_ascend.cli.app import app
 from v4_ascend.errors import ConfigError, ParityError
 from v4_ascend.ops import OPS
+from v4_ascend.runtime.verify import Result, Selection
+from v4_ascend.runtime.verify_report import MARKS, facts, page
 
 
 def _run(*args):
@@ -97,3 +103,16 @@ def test_verify_that_only_saw_refusals_verified_nothing(wrong_swiglu, monkeypatc
     monkeypatch.setattr("v4_ascend.runtime.verify._kernels", refused)
     done = _run("verify", "--backend", "cpu", "--op", "swiglu", "--case", "bfloat16-1x8")
     assert isinstance(done.exception, ParityError)
+
+
+def test_every_row_of_the_page_carries_its_mark():
+    results = {
+        proof: [Result("rope", "1x8", f"kernel_{i}", "torch", "passed", proof)]
+        for i, proof in enumerate(MARKS)
+    }
+    text = page(facts(results, Selection()))
+    assert list(MARKS) == list(get_args(Proof)) == ["executed", "interpreted", "emulated call"]
+    for i, (proof, means) in enumerate(MARKS.items()):
+        (row,) = [r for r in re.findall(r"<tr.*?</tr>", text, re.S) if f"kernel_{i}<" in r]
+        assert [p for p in MARKS if f">{p}<" in row] == [proof]
+        assert means in html.unescape(text)
