@@ -27,7 +27,7 @@ class Rule(Section):
 
     id: str
     code: str
-    kind: Literal["reject", "derived", "note"]
+    kind: Literal["reject", "avoid", "derived", "note"]
     families: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
@@ -82,10 +82,13 @@ def applicable(system: System, serving: Serving) -> tuple[Rule, ...]:
     )
 
 
-def first_broken(candidate: Candidate, rules: tuple[Rule, ...]) -> Broken | None:
-    """Return the first rule of kind `reject` that a layout breaks."""
+def first_broken(
+    candidate: Candidate, rules: tuple[Rule, ...], *, is_asked: bool = False
+) -> Broken | None:
+    """Return the first rule that refuses a layout; `avoid` refuses none that is asked for."""
+    kinds = ("reject",) if is_asked else ("reject", "avoid")
     for rule in rules:
-        if rule.kind == "reject" and rule.check is not None:
+        if rule.kind in kinds and rule.check is not None:
             numbers = CHECKS[rule.check](candidate, rule)
             if numbers is not None:
                 return Broken(rule, numbers)
@@ -96,7 +99,7 @@ def notes(candidate: Candidate, rules: tuple[Rule, ...]) -> list[Broken]:
     """Return the notes a chosen layout deserves."""
     found = []
     for rule in rules:
-        if rule.kind == "note":
+        if rule.kind in ("note", "avoid"):
             numbers = CHECKS[rule.check](candidate, rule) if rule.check else ""
             if numbers is not None:
                 found.append(Broken(rule, numbers))

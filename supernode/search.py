@@ -141,17 +141,16 @@ class Search:
         choices = []
         for parallel in self._layouts() if layout is None else [layout]:
             self._n_judged += 1
-            if (choice := self.judge(parallel)) is not None:
+            if (choice := self.judge(parallel, is_asked=layout is not None)) is not None:
                 choices.append(choice)
         choices.sort(key=self._rank)
         rejected = sorted(self._rejected.values(), key=lambda r: -r.count)
         return Found(tuple(choices), tuple(rejected), self._n_judged)
 
-    def judge(self, parallel: ParallelConfig) -> Choice | None:
+    def judge(self, parallel: ParallelConfig, *, is_asked: bool = False) -> Choice | None:
         """Return the layout at its best batch, or record why it is not legal."""
-        broken = first_broken(
-            Candidate(self.config, self.system, self.serving, parallel), self.rules
-        )
+        candidate = Candidate(self.config, self.system, self.serving, parallel)
+        broken = first_broken(candidate, self.rules, is_asked=is_asked)
         if broken is not None:
             self._refuse(parallel, broken)
             return None

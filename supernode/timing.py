@@ -17,6 +17,7 @@ from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.supernode.cost import ACT, CostModel, Load, OpCost, Part
 from v4_ascend.supernode.memory import MemoryModel
 from v4_ascend.supernode.system import System
+from v4_ascend.supernode.traffic import boundary_bytes
 
 Bound = Literal["low", "value", "high"]
 # Vector units: the FP16 rate over the BF16 cube rate of the same chips, about 1 to 8.
@@ -152,10 +153,10 @@ class TimeModel:
             return 0.0
         c = self.memory.config
         targets = c.dspark.target_layer_ids if c.dspark and self.memory.drafts else ()
-        n_dims = c.hc_mult + sum(n < layers[-1][0] for n in targets)
+        n_bytes = boundary_bytes(c, n_tokens, ACT, sum(n < layers[-1][0] for n in targets))
         hop = self.system.hops(2, self.p.stage_size)[-1]
         rate, latency = self._figure(hop.link.bytes_per_s), hop.link.latency_s.value
-        return latency + n_tokens * n_dims * c.dim * ACT / rate
+        return latency + n_bytes / rate
 
     @cached_property
     def _kinds(self) -> list[tuple[int, bool]]:

@@ -3,6 +3,8 @@
 FOLDER has cases.json: for each case a plan, the file where ranks meet, and steps; a step has for
 each DP group its [slot, token ids, start]. The last stage writes FOLDER/CASE-dpN.pt, each rank its
 facts. Plans of an emulated NPU run on one: all of a folder are then of the same chip.
+
+Behind these steps, whose logits count, comes one that is served: every sequence draws a token.
 """
 
 import json
@@ -15,6 +17,7 @@ import torch
 
 from v4_ascend import emulation
 from v4_ascend.backends import find_backend
+from v4_ascend.model import moe
 from v4_ascend.model.resident import resident_bytes
 from v4_ascend.ops import moe_combine, use_policy
 from v4_ascend.runtime.comm import joined
@@ -22,10 +25,14 @@ from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.runtime.link import STORE
+from v4_ascend.runtime.messages import Sampling, SequenceStep, Step
 from v4_ascend.supernode.plan import Plan
 
 sys.path.append(str(Path(__file__).parents[1]))
 from planting import planted_kernel  # noqa: E402
+from wire import carried  # noqa: E402
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 
 def run(plan, rank, steps):
@@ -41,17 +48,57 @@ def run(plan, rank, steps):
 
         with use_policy(backend=plan.backend, kernels=plan.kernels):
             engine = Engine.load(plan, progress, groups)
+            routed = [] if plan.emulated else noted_routing(groups.ep)
             with sums(plan):
                 logits = [on_cpu(engine, step[groups.dp_rank]) for step in steps]
+            sent = +groups.flight.bytes_sent
+            load = [b.ffn.load.tolist() for b in engine.model.layers]
+            if not plan.emulated:
+                engine.step(decoding(steps, engine.n_slots))
         facts = {
             "read": read,
             "resident": resident_bytes(engine.model),
-            "load": [b.ffn.load.tolist() for b in engine.model.layers],
-            "bytes_sent": groups.flight.bytes_sent,
+            "load": load,
+            "bytes_sent": sent,
+            "bytes_sent_decoding": groups.flight.bytes_sent - sent,
+            "routed": routed,
         }
         if plan.emulated:
             facts |= emulated_facts(groups)
+        else:
+            facts["wire"] = {name: carried(groups, group) for name, group in named(groups)}
         return groups, logits, facts
+
+
+def named(groups):
+    return [(n, g) for n in ("tp", "cp", "ep") if (g := getattr(groups, n)).size > 1]
+
+
+def decoding(steps, n_slots):
+    """One more token of every sequence; slots are numbered over all DP groups."""
+    so_far = {}
+    for step in steps:
+        for dp, chunks in enumerate(step):
+            for slot, ids, start in chunks:
+                so_far[dp * n_slots + slot] = start + len(ids)
+    sequences = [
+        SequenceStep(request=slot, slot=slot, token_ids=[1], start=start, sampling=GREEDY)
+        for slot, start in sorted(so_far.items())
+    ]
+    return Step(len(steps), sequences)
+
+
+def noted_routing(group):
+    """Note of every dispatch how many tokens, and choices of them, go to each rank."""
+    routed, dispatch = [], moe.moe_dispatch
+
+    def noting(x, ids, weights, n_experts, ep, fp8):
+        to = torch.nn.functional.one_hot(ids.cpu() // (n_experts // ep.size), ep.size)
+        routed.append([(to.sum(1) > 0).sum(0).tolist(), to.sum((0, 1)).tolist()])
+        return dispatch(x, ids, weights, n_experts, ep, fp8)
+
+    moe.moe_dispatch = noting if group.size > 1 else dispatch
+    return routed
 
 
 def on_cpu(engine, chunks):

@@ -101,7 +101,7 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box, of_on
 
 def test_ranks_that_draft_answer_as_one_does_that_does_not(box, of_one):
     _, want = of_one
-    layout = "layout={dp_size: 2, tp_size: 2, ep_size: 4}"
+    layout = "layout={cp_size: 2, tp_size: 2, ep_size: 4}"  # CP runs where it is asked for
     options = ("--set", layout, "--set", DEVICES, "--set", "serve.n_draft_tokens=2")
     four = box.run("deploy", "--topology", box.topology, *options, "--detach")
     assert four.returncode == 0, four.stderr
@@ -109,8 +109,18 @@ def test_ranks_that_draft_answer_as_one_does_that_does_not(box, of_one):
         assert [text(ask(box, seed, **LONG)) for seed in range(3)] == want
         assert counter(box, "vllm:spec_decode_num_draft_tokens_total") > 60
         assert text(ask(box, 2, **LONG)) == want[2]
+        for group in ("cp", "tp", "ep"):
+            assert exchanged(box, "sent_bytes", group) > 0
+            assert exchanged(box, "waited_seconds", group) > 0
     finally:
         assert box.run("down", "laptop").returncode == 0
+
+
+def exchanged(box, what, group):
+    labels = f'group="{group}",model_name="v4-tiny",stage="0"'
+    name = f"v4_ascend_{what}_total{{{labels}}}"
+    found = [n for n in httpx.get(f"{box.url}/metrics").text.splitlines() if n.startswith(name)]
+    return float(found[0].split()[-1])
 
 
 def counter(box, name):

@@ -1,6 +1,7 @@
 """Any legal layout computes what one process computes, over real processes and gloo."""
 
 import json
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from layouts import LAYOUTS, make_plan, write_tiny
 from parallel_plans import run_ranks
 
+from v4_ascend.backends.exchange import FEW_RANKS
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.shard import Sharding
@@ -22,6 +24,7 @@ from v4_ascend.ops import Solo, use_policy
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.supernode.holdings import bytes_read, holdings
+from v4_ascend.supernode.traffic import Routing, Traffic
 
 WIDE = [name for name, layout in LAYOUTS.items() if ParallelConfig(**layout).world_size > 4]
 
@@ -55,6 +58,7 @@ def check(folder, checkpoint, plans, cases):
             for dp in range(plan.parallel.dp_size)
         ]
         check_facts(folder, checkpoint, name, plan, n_tokens)
+        check_wire(folder, checkpoint, name, plan, steps)
     assert {name: error for name, error in worst.items() if not error < 1e-5} == {}
     # Other sizes of products sum in another order; DP and PP alone change none.
     alike = [n for n in plans if not set(LAYOUTS[n]) - {"dp_size", "pp_size"}]
@@ -69,15 +73,68 @@ def check_facts(folder, checkpoint, name, plan, n_tokens):
         held = holdings(config, plan, rank)
         assert facts["read"] == [bytes_read(held)] * 2
         check_resident(facts["resident"], held)
-        stage, within = divmod(rank.rank, p.stage_size)
-        if stage < p.pp_size - 1 and p.cp_size == 1:
-            streams = n_tokens[within // p.tp_size] * config.hc_mult * config.dim
-            assert facts["bytes_sent"]["pp"] == 4 * streams
         n_local = (config.n_routed_experts + p.n_redundant_experts) // p.ep_size
         for layer, load in enumerate(facts["load"], rank.layers[0]):
             assert len(load) == n_local
             routed[layer] += sum(load)
     assert routed == [sum(n_tokens) * config.n_activated_experts] * config.n_layers
+
+
+def check_wire(folder, checkpoint, name, plan, steps):
+    """What ranks count is what the plan says, and what their sockets carried is what they count."""
+    config, p = ModelConfig.read(checkpoint), plan.parallel
+    facts = [json.loads((folder / f"{name}-rank{r.rank}.json").read_text()) for r in plan.ranks]
+    traffic = traffic_of(config, plan)
+    slots = [{c[0] for step in steps for c in step[dp]} for dp in range(p.dp_size)]
+    for rank, found in enumerate(facts):
+        stage, within = divmod(rank, p.stage_size)
+        first = rank - within % p.ep_size
+        routed = routings([facts[r]["routed"] for r in range(first, first + p.ep_size)])
+        n_layers = plan.ranks[rank].layers[1] - plan.ranks[rank].layers[0]
+        want = Counter()
+        for number, step in enumerate(steps):
+            n_tokens = [sum(len(ids) for _, ids, _ in chunks) for chunks in step]
+            of_step = routed[number * n_layers : (number + 1) * n_layers]
+            want.update(traffic.forward(rank, n_tokens, of_step))
+            if stage == p.pp_size - 1:
+                n = n_tokens[within // (p.cp_size * p.tp_size)]
+                want.update(logits_of_all(config, p, n, rank))
+        assert found["bytes_sent"] == {k: n for k, n in want.items() if n}, (name, rank)
+        of_step = routed[len(steps) * n_layers :]
+        want = traffic.decode(rank, [len(s) for s in slots], of_step)
+        assert found["bytes_sent_decoding"] == {k: n for k, n in want.items() if n}, (name, rank)
+        for group, exchanges in found["wire"].items():
+            for what, (counted, on_wire) in exchanges.items():
+                assert on_wire == pytest.approx(counted, rel=0.02), (name, rank, group, what)
+
+
+def traffic_of(config, plan):
+    p = plan.parallel
+    stages = [plan.ranks[s * p.stage_size].layers for s in range(p.pp_size)]
+    gathers = plan.kernels == "reference" or p.ep_size <= FEW_RANKS
+    fp8 = plan.quant_sim == "on"
+    return Traffic(
+        config=config, parallel=p, layers=stages, value_bytes=4, gathers=gathers, fp8=fp8
+    )
+
+
+def routings(routed):
+    """Join what the ranks of an EP group noted of each dispatch."""
+    return [
+        Routing([tokens for tokens, _ in calls], [rows for _, rows in calls])
+        for calls in zip(*routed, strict=True)
+    ]
+
+
+def logits_of_all(config, p, n, rank):
+    """Serving draws from some rows; these tests gather the logits of every token."""
+    cp = rank % p.stage_size // p.tp_size % p.cp_size
+    own = n // p.cp_size + (cp < n % p.cp_size)
+    words = 4 * config.vocab_size
+    return {
+        "tp": (p.tp_size - 1) * own * words // p.tp_size,
+        "cp": (p.cp_size - 1) * -(-n // p.cp_size) * words,
+    }
 
 
 def check_resident(nbytes, held):
@@ -122,6 +179,7 @@ def test_rows_travel_in_fp8_and_change_nothing(tmp_path, checkpoint):
     cases = run_ranks(tmp_path, plans, 4)
     sent = {}
     for name, plan in plans.items():
+        check_wire(tmp_path, checkpoint, name, plan, cases[name]["steps"])
         facts = [json.loads((tmp_path / f"{name}-rank{r}.json").read_text()) for r in range(4)]
         sent[plan.quant_sim] = sum(f["bytes_sent"]["ep"] for f in facts)
     for dp in range(4):

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
+from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.plan_simulation import decode_pipeline
 from v4_ascend.supernode.planning import plan_for, ranks_of
-from v4_ascend.supernode.rules import CHECKS, all_rules
+from v4_ascend.supernode.rules import CHECKS, Candidate, all_rules, notes
 from v4_ascend.supernode.stages import balance
 
 GOLDEN = json.loads(golden_plans.FILE.read_text())
@@ -97,9 +98,7 @@ def test_pools_with_other_blocks_are_refused():
     [
         ({"dp_size": 16, "tp_size": 4, "ep_size": 64}, "R1"),
         ({"dp_size": 64, "ep_size": 64, "n_redundant_experts": 1}, "R4"),
-        ({"dp_size": 32, "cp_size": 2, "ep_size": 64}, "D7"),
-        ({"dp_size": 32, "tp_size": 2, "ep_size": 64, "dsa_cp": True}, "D8"),
-        ({"dp_size": 64, "ep_size": 64, "dsa_cp": True}, "D8"),
+        ({"dp_size": 64, "ep_size": 64, "dsa_cp": True}, "D11"),
         ({"dp_size": 4, "tp_size": 16, "ep_size": 64}, "R1"),
         ({"dp_size": 64, "ep_size": 2}, "M1"),
     ],
@@ -109,6 +108,24 @@ def test_a_given_layout_that_is_illegal_is_refused_by_its_rule(layout, rule):
     (pool,) = plan(f"layout={{{text}}}")
     assert pool.chosen is None
     assert [r.rule.id for r in pool.found.rejected] == [rule]
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        ({"dp_size": 32, "cp_size": 2, "ep_size": 64}, "D7"),
+        ({"dp_size": 32, "tp_size": 2, "ep_size": 64, "dsa_cp": True}, "D8"),
+    ],
+)
+def test_what_the_search_leaves_out_can_be_asked_for_and_is_told(layout, rule):
+    (searched,) = plan()
+    assert rule in {r.rule.id for r in searched.found.rejected}
+    text = ", ".join(f"{k}: {str(v).lower()}" for k, v in layout.items())
+    (asked,) = plan(f"layout={{{text}}}")
+    assert asked.chosen.parallel == ParallelConfig(**layout)
+    s = asked.search
+    candidate = Candidate(s.config, s.system, s.serving, asked.chosen.parallel)
+    assert rule in {n.rule.id for n in notes(candidate, s.rules)}
 
 
 def test_rules_of_another_engine_do_not_apply():
@@ -124,7 +141,7 @@ def test_every_check_is_named_and_every_rule_has_a_source():
     rules = all_rules()
     assert {r.check for r in rules if r.check} == set(CHECKS)
     assert len({r.id for r in rules}) == len({r.code for r in rules}) == len(rules)
-    assert all(r.check for r in rules if r.kind == "reject")
+    assert all(r.check for r in rules if r.kind in ("reject", "avoid"))
     assert {f"R{i}" for i in range(1, 27)} <= {r.id for r in rules}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -235,7 +236,11 @@ def ranks_command(
     steps: Annotated[int, typer.Option(min=1, help="decoded tokens of each sequence")] = 24,
     as_json: Json = False,
 ) -> None:
-    """Time layouts of 1 to 8 processes against one process, tokens per second."""
+    """Time layouts of 1 to 8 processes against one process, tokens per second.
+
+    Beside it stand the bytes that leave ranks for a token and the idle part of each stage's time,
+    as measured in the ranks and as the plan says.
+    """
     from v4_ascend.cli.progress import reporter
     from v4_ascend.runtime.bench_ranks import bench_ranks
 
@@ -243,16 +248,22 @@ def ranks_command(
         speeds = bench_ranks(checkpoint, steps, progress)
     if as_json:
         rates = {s.what: s.tokens_per_s for s in speeds}
-        data = {"what": "ranks", "cores": os.cpu_count(), "tokens_per_s": rates}
+        layouts = [asdict(s) for s in speeds]
+        data = {"what": "ranks", "cores": os.cpu_count(), "tokens_per_s": rates, "layouts": layouts}
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
         return
-    typer.echo(f"| layout, {os.cpu_count()} cores | tokens/s | of one process |\n|---|---|---|")
+    what = "tokens/s | of one process | bytes a token | planned | stages idle | simulated"
+    typer.echo(f"| layout, {os.cpu_count()} cores | {what} |\n|---|---|---|---|---|---|---|")
     for s in speeds:
         ratio = s.tokens_per_s / speeds[0].tokens_per_s
-        typer.echo(f"| {s.what} | {s.tokens_per_s:,.1f} | {ratio:.2f} |")
+        idle, simulated = (", ".join(f"{x:.0%}" for x in of) for of in (s.idle, s.simulated))
+        sent = f"{s.sent:,.0f} | {s.planned:,.0f}"
+        typer.echo(
+            f"| {s.what} | {s.tokens_per_s:,.1f} | {ratio:.2f} | {sent} | {idle} | {simulated} |"
+        )
     by_name = {s.what: s.tokens_per_s for s in speeds}
     gain = by_name["2 stages, two steps on their way"] / by_name["2 stages, one step at a time"]
-    typer.echo(f"| gain of two steps on their way | | {gain:.2f} |")
+    typer.echo(f"| gain of two steps on their way | | {gain:.2f} | | | | |")
 
 
 def _run(

@@ -44,6 +44,8 @@ def status_command(
             state = f"step {rank['step']}" if rank["is_ready"] else "not ready"
             loaded = f"{rank['loaded_bytes'] / 1e6:,.1f} MB read"
             loaded += f", {rank['resident_bytes'] / 1e6:,.1f} MB of weights"
+            sent = sum(rank["bytes_sent"].values())
+            loaded += f", {sent / 1e6:,.1f} MB sent" if sent else ""
             typer.echo(f"  {rank['what']}: {loaded}, {state}, pid {rank['pid']}")
 
 

@@ -340,8 +340,11 @@ def require_supported(topology: Topology) -> None:
             and any(s.hosts is None for s in t.cluster.supernodes),
             "hosts with names",
         ),
-        ("cluster.device", is_emulated and by_itself, "emulated NPUs with launcher local"),
-        ("cluster.device", is_emulated and t.cluster.n_devices > 1, "one emulated NPU"),
+        (
+            "cluster.device",
+            is_emulated and t.launcher != "local",
+            "emulated NPUs with launcher local",
+        ),
         (
             "engine",
             not native and t.launcher == "kubernetes",

@@ -20,7 +20,7 @@ from v4_ascend.supernode.plan import Plan
 MAX_RESTARTS = 3
 FOLDER = "torchrun"  # of a deployment's folder: where ranks meet, and what they write
 SIOCGIFADDR = 0x8915  # linux/sockios.h
-# How each library learns which network interface to use.
+# How each library learns which network interface to use. An emulated NPU's HCCL is gloo.
 INTERFACE_KEYS = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME",
                   "ascend": "HCCL_SOCKET_IFNAME", "mindspore": "HCCL_SOCKET_IFNAME"}  # fmt: skip
 
@@ -48,13 +48,14 @@ def torchrun(
     of_ranks = folder / FOLDER
     shutil.rmtree(of_ranks, ignore_errors=True)
     private_folder(of_ranks)
+    interface_key = INTERFACE_KEYS["cpu" if plan.emulated else plan.backend]
     if meeting is None:
         env[STORE] = f"file://{of_ranks / 'store'}"
-        if plan.backend == "cpu":
-            env.setdefault(INTERFACE_KEYS["cpu"], "lo")
+        if interface_key == INTERFACE_KEYS["cpu"]:
+            env.setdefault(interface_key, "lo")
     else:
         env[STORE] = f"tcp://{meeting}"
-        env.setdefault(INTERFACE_KEYS[plan.backend], interface_of(address_of(host), host))
+        env.setdefault(interface_key, interface_of(address_of(host), host))
     # A torchrun of each host's own, which meets nobody: its store listens on every interface, asks
     # nobody who he is, and unpickles what is put there.
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

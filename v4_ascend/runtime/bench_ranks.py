@@ -3,6 +3,9 @@
 ``python -m v4_ascend.runtime.bench_ranks FOLDER RANK`` runs one rank of the plans in
 FOLDER/cases.json; `bench_ranks` starts them. Every process has one thread, so that the ratios say
 what splitting costs and not how many cores there are.
+
+Beside the speed stands what the plan says of it: the bytes that leave the ranks, and how long
+stages are idle if each computes for as long as it did.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from v4_ascend.backends.exchange import FEW_RANKS
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.topology import (
     Cluster,
@@ -38,6 +42,9 @@ from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.runtime.link import STORE
 from v4_ascend.supernode.plan import Plan
 from v4_ascend.supernode.planning import deploy_plan
+from v4_ascend.supernode.simulation import Pipeline, simulate
+from v4_ascend.supernode.timing import LayerWork
+from v4_ascend.supernode.traffic import Traffic
 
 N_SEQUENCES = 16
 PROMPT = 32
@@ -64,13 +71,30 @@ class Case(msgspec.Struct, frozen=True):
     n_steps: int
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """What a rank saw of its decoding: seconds, of them waited for other stages, and bytes."""
+
+    seconds: float
+    waited_s: float
+    sent: float
+    planned: float
+
+
 @dataclass(frozen=True, slots=True)
 class RankSpeed:
-    """Decoded tokens per second of all sequences together, and the ranks that did it."""
+    """Decoded tokens per second of all sequences together, and the ranks that did it.
+
+    `sent` are the bytes that left ranks for a token, `planned` those the plan expects; `idle` is
+    the part of its time that each stage waited in, `simulated` what the plan's simulation says.
+    """
 
     what: str
     n_ranks: int
     tokens_per_s: float
+    sent: float
+    planned: float
+    idle: tuple[float, ...]
+    simulated: tuple[float, ...]
 
 
 def bench_ranks(
@@ -96,11 +120,28 @@ def bench_ranks(
                 waits,
                 n_steps,
             )
-            seconds = _time(Path(name), case, layout.world_size)
-            rate = N_SEQUENCES * n_steps / seconds
-            speeds.append(RankSpeed(what, layout.world_size, rate))
+            seen = _time(Path(name), case, layout.world_size)
+            speeds.append(_speed(what, case, seen))
             progress(number + 1, len(LAYOUTS))
     return speeds
+
+
+def _speed(what: str, case: Case, seen: list[Seen]) -> RankSpeed:
+    n_tokens = N_SEQUENCES * case.n_steps
+    sent, planned = (sum(getattr(s, k) for s in seen) / n_tokens for k in ("sent", "planned"))
+    of_stages = seen if case.n_batches > 1 else []  # which have one rank each
+    idle = tuple(s.waited_s / s.seconds for s in of_stages)
+    simulated = _simulated(case, of_stages) if of_stages else ()
+    rate = n_tokens / seen[0].seconds
+    return RankSpeed(what, len(seen), rate, sent, planned, idle, simulated)
+
+
+def _simulated(case: Case, seen: list[Seen]) -> tuple[float, ...]:
+    """Let the plan's simulation say how long stages are idle that compute for as long as these."""
+    n = case.n_steps * case.n_batches
+    stages = tuple((LayerWork((s.seconds - s.waited_s) / n),) for s in seen)
+    pipeline = Pipeline(stages, 1, 1, 1 if case.waits else n, is_decode=False)
+    return tuple(1 - busy for busy in simulate(pipeline).busy)
 
 
 def _plan(checkpoint: Path, config: ModelConfig, layout: ParallelConfig, length: int) -> Plan:
@@ -116,7 +157,7 @@ def _plan(checkpoint: Path, config: ModelConfig, layout: ParallelConfig, length:
     return deploy_plan(topology, config)
 
 
-def _time(folder: Path, case: Case, n_ranks: int) -> float:
+def _time(folder: Path, case: Case, n_ranks: int) -> list[Seen]:
     (folder / "case.json").write_bytes(msgspec.json.encode(case))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", __name__, str(folder)]
@@ -133,7 +174,8 @@ def _time(folder: Path, case: Case, n_ranks: int) -> float:
     for number, (rank, error) in enumerate(zip(ranks, errors, strict=True)):
         if rank.returncode:
             raise DeployError(f"rank {number}: {error.decode()[-500:]}")
-    return float((folder / "seconds").read_text(encoding="utf-8"))
+    files = (folder / f"rank{r}.json" for r in range(n_ranks))
+    return [msgspec.json.decode(f.read_bytes(), type=Seen) for f in files]
 
 
 def main() -> None:
@@ -147,12 +189,11 @@ def main() -> None:
         engine = Engine.load(
             plan, lambda done, total: None, groups if plan.parallel.world_size > 1 else None
         )
-        seconds = _decode(engine, groups, case)
-    if rank == 0:
-        (folder / "seconds").write_text(str(seconds), encoding="utf-8")
+        seen = _decode(engine, groups, case, plan)
+    (folder / f"rank{rank}.json").write_bytes(msgspec.json.encode(seen))
 
 
-def _decode(engine: Engine, groups: Groups, case: Case) -> float:
+def _decode(engine: Engine, groups: Groups, case: Case, plan: Plan) -> Seen:
     """Fill the caches, then time decoding, micro-batch after micro-batch."""
     slots = list(range(engine.n_slots))
     size = len(slots) // case.n_batches
@@ -164,15 +205,36 @@ def _decode(engine: Engine, groups: Groups, case: Case) -> float:
         for batch in batches:
             engine.logits([Chunk(slot, list(tokens), start) for slot in batch])
             if case.waits:
-                groups.barrier()
+                wait()
 
+    def wait() -> None:
+        with flight.clock("pp"):
+            groups.barrier()
+
+    flight = groups.flight
     run(0, ids[:PROMPT])
     groups.barrier()
-    began = time.perf_counter()
+    before, waited, began = flight.bytes_sent.copy(), flight.waited_s["pp"], time.perf_counter()
     for step in range(case.n_steps):
         run(PROMPT + step, ids[PROMPT + step : PROMPT + step + 1])
-    groups.barrier()
-    return time.perf_counter() - began
+    wait()
+    seconds, waited = time.perf_counter() - began, flight.waited_s["pp"] - waited
+    sent = (flight.bytes_sent - before).total()
+    return Seen(seconds, waited, sent, case.n_steps * _planned(engine, plan, batches, groups.rank))
+
+
+def _planned(engine: Engine, plan: Plan, batches: list[list[int]], rank: int) -> float:
+    """Return the bytes that the plan expects to leave a rank in one step of all batches."""
+    p, model = plan.parallel, engine.model
+    traffic = Traffic(
+        config=model.config,
+        parallel=p,
+        layers=[plan.ranks[s * p.stage_size].layers for s in range(p.pp_size)],
+        value_bytes=model.numerics.dtype.itemsize,
+        gathers=p.ep_size <= FEW_RANKS,
+        fp8=model.layers[0].ffn.experts.w13.rounds_input,
+    )
+    return sum(sum(traffic.decode(rank, [len(b)] * p.dp_size).values()) for b in batches)
 
 
 if __name__ == "__main__":

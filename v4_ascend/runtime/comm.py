@@ -52,7 +52,8 @@ class CommGroup:
         if sizes is None:
             mine = torch.tensor([x.shape[0]], device=x.device)
             every = [torch.empty_like(mine) for _ in self.ranks]
-            with self._flight.exchange(self.name, "all_gather sizes", mine):
+            to_each = mine.nbytes * (self.size - 1)
+            with self._flight.exchange(self.name, "all_gather sizes", mine, to_each):
                 dist.all_gather(every, mine, group=self._handle)
             sizes = [int(n) for n in every]
         most = max(sizes)
@@ -62,7 +63,7 @@ class CommGroup:
         if len(padded) < most:
             padded = torch.cat((padded, padded.new_zeros(most - len(padded), *padded.shape[1:])))
         parts = [torch.empty_like(padded) for _ in self.ranks]
-        with self._flight.exchange(self.name, "all_gather", x):
+        with self._flight.exchange(self.name, "all_gather", x, padded.nbytes * (self.size - 1)):
             dist.all_gather(parts, padded, group=self._handle)
         return [_typed(p[:n], x) for p, n in zip(parts, sizes, strict=True)]
 
@@ -70,7 +71,9 @@ class CommGroup:
         """Return the sum over the ranks of equally shaped tensors."""
         total = x.clone()
         if x.numel():
-            with self._flight.exchange(self.name, "all_reduce", x):
+            # Shares of it travel once to be summed, and once as sums: a ring's, and the least.
+            n_bytes = 2 * (self.size - 1) * x.nbytes // self.size
+            with self._flight.exchange(self.name, "all_reduce", x, n_bytes):
                 dist.all_reduce(total, group=self._handle)
         return total
 
@@ -81,15 +84,16 @@ class CommGroup:
         like = parts[0]
         sent = _bytes(torch.cat(list(parts)))
         got = sent.new_empty(sum(sizes), *sent.shape[1:])
-        with self._flight.exchange(self.name, "all_to_all", sent):
+        n_bytes = sent.nbytes - parts[self.rank].nbytes
+        with self._flight.exchange(self.name, "all_to_all", sent, n_bytes):
             dist.all_to_all_single(
                 got, sent, list(sizes), [len(p) for p in parts], group=self._handle
             )
         return _typed(got, like).split(list(sizes))
 
     def noted(self, what: str, x: torch.Tensor) -> AbstractContextManager[None]:
-        """Note an exchange that a vendor's operator makes by itself."""
-        return self._flight.exchange(self.name, what, x)
+        """Note an exchange that a vendor's operator makes by itself: its bytes are not counted."""
+        return self._flight.exchange(self.name, what, x, 0)
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +182,7 @@ class Groups:
             raise ValueError("the first stage receives nothing")
         x = torch.empty(*shape, dtype=dtype, device=device)
         if len(x):
-            with self.flight.exchange("pp", f"receive from rank {self.previous}", x, sends=False):
+            with self.flight.exchange("pp", f"receive from rank {self.previous}", x, 0):
                 dist.recv(_bytes(x), src=self.previous)
         return x
 
@@ -196,7 +200,7 @@ class Groups:
             raise ValueError("the last stage sends nothing")
         if not len(x):
             return None
-        self.flight.count("pp", x)
+        self.flight.count("pp", x.nbytes)
         return dist.isend(_bytes(x), dst=self.following)
 
 

@@ -89,12 +89,15 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 class Beat(msgspec.Struct, frozen=True, tag=True):
     """Rank to front, once a second from a thread: it lives, and where it is.
 
-    `waiting` is the exchange it is in, if it is in one.
+    `waiting` is the exchange it is in, if it is in one. What it has sent and waited for is by
+    group, since it met the others.
     """
 
     step: int
     n_exchanges: int
     waiting: str | None
+    bytes_sent: dict[str, int] = {}
+    waited_s: dict[str, float] = {}
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

@@ -168,6 +168,8 @@ class Watch:
                     "step": beat.step,
                     "n_exchanges": beat.n_exchanges,
                     "waiting": beat.waiting,
+                    "bytes_sent": beat.bytes_sent,
+                    "waited_s": beat.waited_s,
                 }
             )
         return rows

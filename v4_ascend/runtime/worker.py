@@ -20,9 +20,19 @@ from v4_ascend.ops import use_policy
 from v4_ascend.runtime.canary import canary
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
-from v4_ascend.runtime.flight import Flight
+from v4_ascend.runtime.flight import FRONT, Flight
 from v4_ascend.runtime.link import Address, RankLink, is_alive
-from v4_ascend.runtime.messages import Beat, End, ExpertCounts, Failed, Loading, Ready, Start, Step
+from v4_ascend.runtime.messages import (
+    Beat,
+    End,
+    ExpertCounts,
+    Failed,
+    Loading,
+    Ready,
+    Start,
+    Step,
+    ToRank,
+)
 from v4_ascend.runtime.operator_times import is_timed, timed
 from v4_ascend.supernode.plan import Plan
 
@@ -40,7 +50,7 @@ def main() -> None:
     link = RankLink(address, rank)
     try:
         if plan.emulated:
-            emulation.install(plan.chip or "950dt")
+            emulation.install(plan.chip or "950dt", _n_devices(plan, rank))
         with use_policy(backend=plan.backend, kernels=plan.kernels, fallback=plan.fallback):
             _serve(link, plan, rank, address)
     except (V4AscendError, RuntimeError, ValueError, OSError) as e:
@@ -51,6 +61,11 @@ def main() -> None:
 def rank_of(plan: Plan, host: str, local_rank: int) -> int:
     """Return the plan's number of a host's process: torchrun numbers hosts as they come."""
     return [r.rank for r in plan.ranks if r.host == host][local_rank]
+
+
+def _n_devices(plan: Plan, rank: int) -> int:
+    """Return how many devices a rank's host has, as far as the plan uses them."""
+    return 1 + max(r.device for r in plan.ranks if r.host == plan.ranks[rank].host)
 
 
 def _die_with_parent() -> None:
@@ -84,7 +99,7 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
         resident = resident_bytes(engine.model)
         link.send(Ready(report.kind, report.median_relative_error, resident))
         counted = time.monotonic()
-        while isinstance(step := link.receive(), Step):
+        while isinstance(step := _next(link, flight), Step):
             if groups.is_first_of_stage and is_timed(step):
                 with timed(step, device) as times:
                     result = engine.step(step)
@@ -97,6 +112,11 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             if time.monotonic() - counted > COUNT_SECONDS:  # it waits for the device
                 link.send(ExpertCounts(engine.expert_counts()))
                 counted = time.monotonic()
+
+
+def _next(link: RankLink, flight: Flight) -> ToRank | None:
+    with flight.clock(FRONT):
+        return link.receive()
 
 
 def _device(plan: Plan, rank: int) -> torch.device:
@@ -112,7 +132,8 @@ def _device(plan: Plan, rank: int) -> torch.device:
 def _beat(address: Address, rank: int, flight: Flight) -> None:
     link = RankLink(address, rank, is_heartbeat=True)
     while is_alive(address.followed_pid):
-        link.send(Beat(flight.step, flight.n_exchanges, flight.waiting))
+        sent, waited = dict(flight.bytes_sent), dict(flight.waited_s)
+        link.send(Beat(flight.step, flight.n_exchanges, flight.waiting, sent, waited))
         match link.poll(BEAT_SECONDS):
             case End(reason):
                 sys.stderr.write(f"rank {rank}: told to end: {reason}\n")

@@ -170,6 +170,7 @@ class _State(Collector):
         for place, n in enumerate(counted.accepted_at):
             by_place.add_metric([*model, str(place)], n)
         yield by_place
+        yield from self._exchanges()
         load = GaugeMetricFamily(
             "v4_ascend_expert_load_imbalance",
             "rows of the busiest expert of a layer by the mean, since loading",
@@ -179,3 +180,28 @@ class _State(Collector):
             if total := sum(counts):
                 load.add_metric([*model, str(layer)], max(counts) * len(counts) / total)
         yield load
+
+    def _exchanges(self) -> Iterator[CounterMetricFamily]:
+        """Yield what ranks say of their exchanges, by stage and group."""
+        labels = (*LABELS, "stage", "group")
+        sent = CounterMetricFamily(
+            "v4_ascend_sent_bytes", "that left a stage's ranks for others", labels=labels
+        )
+        waited = CounterMetricFamily(
+            "v4_ascend_waited_seconds",
+            "of a stage's ranks in exchanges; in group pp for other stages, in front for steps",
+            labels=labels,
+        )
+        beats = {r: s.beat for r, s in self._dispatcher.watch.ranks.items() if s.beat is not None}
+        for family, of_ranks in (
+            (sent, {r: beat.bytes_sent for r, beat in beats.items()}),
+            (waited, {r: beat.waited_s for r, beat in beats.items()}),
+        ):
+            totals: dict[tuple[int, str], float] = {}
+            for rank, by_group in of_ranks.items():
+                stage = rank // self._plan.parallel.stage_size
+                for group, n in by_group.items():
+                    totals[stage, group] = totals.get((stage, group), 0) + n
+            for (stage, group), total in sorted(totals.items()):
+                family.add_metric([self._plan.model_name, str(stage), group], total)
+            yield family
