@@ -63,6 +63,7 @@ def local_topology(
             ),
             "layout": layout,
             "launcher": "local",
+            "emulate": False,
         }
     )
 

@@ -180,7 +180,7 @@ def test_pools_that_cannot_serve_are_refused(read, pools, says):
 
 
 def test_a_key_of_the_file_that_is_not_built_yet_is_refused_at_its_line(read):
-    with pytest.raises(NotYetError, match=r"t\.yaml:8: emulate: not yet; deploy does real devices"):
+    with pytest.raises(NotYetError, match=r"t\.yaml:8: emulate: not yet; deploy does that with"):
         require_supported(read(GOOD + "emulate: true\n"))
 
 

@@ -1,7 +1,6 @@
 """Stages run one after the other in one process: the four faults that vllm-ascend PR 9473 fixed.
 
-Its list: boundaries without the streams' dimension, streams expanded on every stage, hc_head
-applied at every boundary, tensors of layers that are on another stage. And torchtitan PR 4782's:
+Each has a test of its name that puts it in, or looks for what it broke. And torchtitan PR 4782's:
 hash-routed layers need the token ids wherever they are.
 """
 
@@ -33,8 +32,8 @@ def part(first, end):
     return Transformer.read(source, CONFIG, numerics, with_drafter=False, shard=shard), asked
 
 
-@pytest.mark.parametrize("cut", CUTS)
-def test_two_stages_are_the_whole(golden_model, cut):
+def whole_and_staged(golden_model, cut, boundary=lambda back, streams: streams):
+    """Return logits of one process and of two stages, with `boundary` between them."""
     ids = torch.randint(0, CONFIG.vocab_size, (70,), generator=torch.Generator().manual_seed(2))
     chunks = [Chunk(0, ids.tolist(), 0)]
     whole, split = caches(CONFIG), caches(CONFIG)
@@ -43,8 +42,41 @@ def test_two_stages_are_the_whole(golden_model, cut):
     batch = split.batch(chunks)
     streams = front(batch, split.layers[:cut])
     assert streams.shape == (70, CONFIG.hc_mult, CONFIG.dim)
-    last = back(batch, split.layers[cut:], streams=streams)
-    assert torch.equal(back.logits(last), want)
+    last = back(batch, split.layers[cut:], streams=boundary(back, streams))
+    return want, back.logits(last)
+
+
+def as_streams(x):
+    return x.unsqueeze(1).repeat(1, CONFIG.hc_mult, 1)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_two_stages_are_the_whole(golden_model, cut):
+    want, got = whole_and_staged(golden_model, cut)
+    assert torch.equal(got, want)
+
+
+def test_pr_9473_a_boundary_without_the_streams_dimension_is_noticed(golden_model):
+    want, got = whole_and_staged(golden_model, 3, lambda back, x: as_streams(x.sum(1)))
+    assert float((got - want).abs().max()) > 1e-2
+
+
+def test_pr_9473_streams_that_every_stage_expands_again_are_noticed(golden_model):
+    want, got = whole_and_staged(golden_model, 3, lambda back, x: as_streams(x[:, 0]))
+    assert float((got - want).abs().max()) > 1e-2
+
+
+def test_pr_9473_hc_head_at_a_boundary_is_noticed(golden_model):
+    want, got = whole_and_staged(golden_model, 3, lambda back, x: as_streams(back.head.collapse(x)))
+    assert float((got - want).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_pr_9473_a_stage_asks_for_no_sink_of_a_layer_that_is_elsewhere(cut):
+    for first, end in ((0, cut), (cut, CONFIG.n_layers)):
+        _, asked = part(first, end)
+        sinks = [n for n in asked if n.endswith("attn_sink")]
+        assert sinks == [f"layers.{n}.attn.attn_sink" for n in range(first, end)]
 
 
 @pytest.mark.parametrize("cut", CUTS)

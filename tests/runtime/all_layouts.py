@@ -1,6 +1,8 @@
-"""Every legal layout of up to N ranks against one process: ``python all_layouts.py [N]``.
+"""Every legal layout of up to N ranks against one process: ``python all_layouts.py [N [KERNELS]]``.
 
-The tests run those of `layouts.LAYOUTS`, which have every pair of kinds; this takes many minutes.
+Logits, bytes read, kept and sent are compared. KERNELS is reference, or fast, which exchanges rows
+beyond three ranks instead of gathering all. The tests run those of `layouts.LAYOUTS`, which have
+every pair of kinds; this takes half an hour.
 """
 
 import sys
@@ -23,7 +25,7 @@ SIZES = (1, 2, 4, 8)
 BATCH = 12  # layouts of one set of processes
 
 
-def legal(checkpoint, world):
+def legal(checkpoint, world, kernels="reference"):
     """Yield name and plan of every layout of `world` ranks that the model allows."""
     config = ModelConfig.read(checkpoint)
     for pp, dp, cp, tp, ep in product((*SIZES, 3, 6), SIZES, SIZES, SIZES, SIZES):
@@ -33,7 +35,7 @@ def legal(checkpoint, world):
             if pp * dp * cp * tp != world or dp * cp * tp % ep or pp > config.n_layers:
                 continue
             try:
-                plan = make_plan(checkpoint, layout, kernels="reference")
+                plan = make_plan(checkpoint, layout, kernels=kernels)
                 for rank in plan.ranks:
                     holdings(config, plan, rank)
             except (ValueError, V4AscendError):
@@ -41,12 +43,12 @@ def legal(checkpoint, world):
             yield "-".join(f"{k.partition('_')[0]}{v}" for k, v in layout.items()) or "one", plan
 
 
-def main(most=8):
+def main(most="8", kernels="reference"):
     failed, count = [], 0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_tiny(Path(folder) / "checkpoint")
-        for world in range(2, most + 1):
-            plans = list(legal(checkpoint, world))
+        for world in range(2, int(most) + 1):
+            plans = list(legal(checkpoint, world, kernels))
             for first in range(0, len(plans), BATCH):
                 some, began = dict(plans[first : first + BATCH]), time.monotonic()
                 LAYOUTS.update((n, p.parallel.model_dump(exclude_defaults=True))
@@ -68,4 +70,4 @@ def main(most=8):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*map(int, sys.argv[1:])))
+    raise SystemExit(main(*sys.argv[1:]))

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import time
 
@@ -83,6 +84,8 @@ def test_four_ranks_answer_as_one_does_and_survive_each_others_deaths(box, of_on
         assert [line.split(":")[1].split()[:2] for line in flight[1:]] == [
             ["rank", str(rank)] for rank in range(4)
         ]
+        last = r"last operator \w+, last dispatch of rows \[\d+, 128\] with choices \[\d+, 2\]"
+        assert all(re.search(last, line) for line in flight[1:]), flight
         assert [text(ask(box, seed)) for seed in range(6)] == want
         stopped = box.status("laptop")[0]["ranks"][1]["pid"]
         os.kill(stopped, signal.SIGSTOP)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from v4_ascend.ops import rms_norm, swiglu
+from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.messages import Sampling, SequenceStep, Step
 from v4_ascend.runtime.operator_times import EVERY, OTHER, is_timed, timed
 
@@ -20,7 +21,7 @@ PREFILL = SequenceStep(2, 1, [5, 6], 0, None)
 def test_the_parts_of_a_step_are_the_whole(sequences, kind):
     x = torch.randn(512, 512)
     begin = time.perf_counter()
-    with timed(Step(1, sequences), torch.device("cpu")) as times:
+    with timed(Step(1, sequences), torch.device("cpu"), Flight()) as times:
         y = rms_norm(x, torch.ones(512), 1e-6)
         time.sleep(0.05)
         for _ in range(3):

@@ -109,8 +109,9 @@ def deploy_command(
         raise ConfigError("--conformance", f"is of engine vllm; {instead}")
     if as_json and not dry_run:
         raise ConfigError("--json", "goes with --dry-run, and with status once it runs")
-    if emulate is not None:
-        wanted = _stand_in(wanted, emulate, is_told=not detach)
+    if emulate is not None or wanted.emulate:
+        n_ranks = wanted.cluster.n_devices if emulate is None else emulate
+        wanted = _stand_in(wanted, n_ranks, is_told=not detach)
     require_supported(wanted)
     # Every process is to read the revision that is looked at here.
     wanted = wanted.with_checkpoint(pinned(wanted.model.checkpoint, with_weights=not dry_run))

@@ -258,7 +258,7 @@ class Kubernetes(Section):
 
 
 class Topology(Section):
-    """One deployment."""
+    """One deployment. With `emulate` a process of one machine stands for each of its devices."""
 
     name: str = Field(default="default", pattern=r"^[a-z0-9][a-z0-9-]*$")
     cluster: Cluster
@@ -350,7 +350,7 @@ def require_supported(topology: Topology) -> None:
             not native and t.launcher == "kubernetes",
             "'native' there, or 'vllm' in docker",
         ),
-        ("emulate", t.emulate, "real devices"),
+        ("emulate", t.emulate, "that with engine native and launcher local"),
     ):
         if is_asked:
             raise NotYetError(t.where(key), f"{key}: not yet; deploy does {today}")

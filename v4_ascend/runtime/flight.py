@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+
+from v4_ascend.ops.op import Op
 
 FRONT = "front"  # not a group: between two steps of its a rank waits for the front
 
@@ -20,6 +23,9 @@ class Flight:
     `waiting` names the exchange a rank is in. Ranks that wait for another are all in one: the
     rank that is in none, or behind the others, is the one they wait for.
 
+    `operator` is the last one that was called, and `dispatch` the shapes of the rows and choices
+    that the last dispatch was given.
+
     `bytes_sent` are those that leave this rank, as `supernode.traffic` says. `waited_s` is the
     time spent in exchanges, and with `FRONT` that between two steps.
     """
@@ -27,8 +33,17 @@ class Flight:
     step: int = 0
     n_exchanges: int = 0
     waiting: str | None = None
+    operator: str | None = None
+    dispatch: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     bytes_sent: Counter[str] = field(default_factory=Counter)  # by group
     waited_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by group
+
+    def called(self, op: Op[..., Any], kernel: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Make the call of an operator, and note that it was made: a `Policy.around`."""
+        self.operator = op.name
+        if op.name == "moe_dispatch":
+            self.dispatch = tuple(args[0].shape), tuple(args[1].shape)
+        return kernel(*args, **named)
 
     @contextmanager
     def exchange(self, group: str, what: str, x: torch.Tensor, n_bytes: int) -> Iterator[None]:

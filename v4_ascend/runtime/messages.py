@@ -90,7 +90,8 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """Rank to front, once a second from a thread: it lives, and where it is.
 
     `waiting` is the exchange it is in, if it is in one. What it has sent and waited for is by
-    group, since it met the others.
+    group, since it met the others. `operator` is the one it called last, `dispatch` the rows and
+    choices its last dispatch was given.
     """
 
     step: int
@@ -98,6 +99,8 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     waiting: str | None
     bytes_sent: dict[str, int] = {}
     waited_s: dict[str, float] = {}
+    operator: str | None = None
+    dispatch: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

@@ -12,6 +12,7 @@ import torch
 
 from v4_ascend.ops import use_policy
 from v4_ascend.ops.op import Op
+from v4_ascend.runtime.flight import Flight
 from v4_ascend.runtime.messages import OperatorTimes, Step
 
 EVERY = 32  # steps; a timed one waits for the device around every operator
@@ -24,7 +25,7 @@ def is_timed(step: Step) -> bool:
 
 
 @contextmanager
-def timed(step: Step, device: torch.device) -> Iterator[list[OperatorTimes]]:
+def timed(step: Step, device: torch.device, flight: Flight) -> Iterator[list[OperatorTimes]]:
     """Time the operators called in this block; the list has the result once it is left.
 
     An operator that exchanges with other ranks includes the wait for them.
@@ -34,7 +35,7 @@ def timed(step: Step, device: torch.device) -> Iterator[list[OperatorTimes]]:
     def call(op: Op[..., Any], kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         _wait_for(device)
         begin = time.perf_counter()
-        result = kernel(*args, **kwargs)
+        result = flight.called(op, kernel, *args, **kwargs)
         _wait_for(device)
         seconds[op.name] += time.perf_counter() - begin
         return result

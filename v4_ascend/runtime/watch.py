@@ -180,7 +180,11 @@ class Watch:
             beat = r.beat or Beat(0, 0, None)
             heard = f"heard {now - r.heard:.1f} s ago" if r.heard else "never heard"
             waiting = beat.waiting or "in no exchange"
+            last = f"last operator {beat.operator}, " if beat.operator else ""
+            if beat.dispatch is not None:
+                rows, choices = (list(shape) for shape in beat.dispatch)
+                last += f"last dispatch of rows {rows} with choices {choices}, "
             yield (
                 f"{self.name(rank)}: step {beat.step}, {beat.n_exchanges} exchanges, {waiting}, "
-                f"{heard}, pid {r.pid}"
+                f"{last}{heard}, pid {r.pid}"
             )

@@ -93,7 +93,8 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             pass
         case _:
             return  # the front is gone
-    with joined(plan, rank, device, flight, attempt) as groups:
+    met = joined(plan, rank, device, flight, attempt)
+    with met as groups, use_policy(around=flight.called):
         engine = Engine.load(plan, progress, groups)
         report = canary(engine, plan)
         resident = resident_bytes(engine.model)
@@ -101,7 +102,7 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
         counted = time.monotonic()
         while isinstance(step := _next(link, flight), Step):
             if groups.is_first_of_stage and is_timed(step):
-                with timed(step, device) as times:
+                with timed(step, device, flight) as times:
                     result = engine.step(step)
             else:
                 result, times = engine.step(step), []
@@ -132,8 +133,16 @@ def _device(plan: Plan, rank: int) -> torch.device:
 def _beat(address: Address, rank: int, flight: Flight) -> None:
     link = RankLink(address, rank, is_heartbeat=True)
     while is_alive(address.followed_pid):
-        sent, waited = dict(flight.bytes_sent), dict(flight.waited_s)
-        link.send(Beat(flight.step, flight.n_exchanges, flight.waiting, sent, waited))
+        beat = Beat(
+            flight.step,
+            flight.n_exchanges,
+            flight.waiting,
+            dict(flight.bytes_sent),
+            dict(flight.waited_s),
+            flight.operator,
+            flight.dispatch,
+        )
+        link.send(beat)
         match link.poll(BEAT_SECONDS):
             case End(reason):
                 sys.stderr.write(f"rank {rank}: told to end: {reason}\n")
