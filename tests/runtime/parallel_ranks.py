@@ -41,10 +41,11 @@ def run(plan, rank, steps):
         emulation.reset_calls()
     device = torch.device(find_backend(plan.backend, "plan.backend").device())
     with joined(plan, rank, device, Flight()) as groups:
-        read = [0]
+        read, by_process = [0], []
 
         def progress(done, total):
             read[:] = [done, total]
+            by_process[1:] = [(done, bytes_read_by_process())]
 
         with use_policy(backend=plan.backend, kernels=plan.kernels):
             engine = Engine.load(plan, progress, groups)
@@ -57,6 +58,7 @@ def run(plan, rank, steps):
                 engine.step(decoding(steps, engine.n_slots))
         facts = {
             "read": read,
+            "read_by_process": by_process,
             "resident": resident_bytes(engine.model),
             "load": load,
             "bytes_sent": sent,
@@ -66,8 +68,15 @@ def run(plan, rank, steps):
         if plan.emulated:
             facts |= emulated_facts(groups)
         else:
+            groups.barrier()  # streams of the last step have arrived by now
             facts["wire"] = {name: carried(groups, group) for name, group in named(groups)}
         return groups, logits, facts
+
+
+def bytes_read_by_process():
+    """Return what this process has read so far by system calls, whatever it was."""
+    with open("/proc/self/io") as f:
+        return int(f.readline().removeprefix("rchar:"))
 
 
 def named(groups):

@@ -72,12 +72,19 @@ def check_facts(folder, checkpoint, name, plan, n_tokens):
         facts = json.loads((folder / f"{name}-rank{rank.rank}.json").read_text())
         held = holdings(config, plan, rank)
         assert facts["read"] == [bytes_read(held)] * 2
+        check_read(facts["read_by_process"])
         check_resident(facts["resident"], held)
         n_local = (config.n_routed_experts + p.n_redundant_experts) // p.ep_size
         for layer, load in enumerate(facts["load"], rank.layers[0]):
             assert len(load) == n_local
             routed[layer] += sum(load)
     assert routed == [sum(n_tokens) * config.n_activated_experts] * config.n_layers
+
+
+def check_read(noted):
+    """Between the first tensor and the last the process read them, and nothing else."""
+    (first, before), (last, after) = noted
+    assert after - before == pytest.approx(last - first, rel=0.02)
 
 
 def check_wire(folder, checkpoint, name, plan, steps):
