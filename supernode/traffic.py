@@ -3,7 +3,7 @@
 What gathers, sums and exchanges send is the least that any library can: a gather sends its rows
 to every other rank, padded to the longest share; a sum sends twice all of itself but one share; an
 exchange sends each part to the rank it is for. `runtime.comm` counts the same of the tensors it
-is given, and gloo's sockets carry as much.
+is given, and gloo's sockets carry as much. No drafter's are in it.
 """
 
 from __future__ import annotations
