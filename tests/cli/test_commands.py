@@ -37,6 +37,23 @@ def ids(tmp_path_factory):
     return file
 
 
+WAITS = """
+import os
+from v4_ascend.cli import app
+app.app = lambda **kwargs: print("torch" in app.sys.modules, os.environ["OMP_WAIT_POLICY"])
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("told", "holds"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_sleep_unless_told_otherwise(told, holds, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", told)
+    said = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True, check=True)
+    assert said.stdout == f"False {holds}\n"
+
+
 def test_help_comes_without_torch():
     code = "import sys; from v4_ascend.cli import app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

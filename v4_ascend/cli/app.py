@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any, cast
 
@@ -70,8 +71,14 @@ def root(
     """Deploy DeepSeek-V4 on Ascend, and prove on any machine that it is the right model."""
 
 
+# Threads of one operator that are done sleep until the others are. Left to spin, they take the
+# core from those where anything else runs on the machine: a step then lasts twenty times as long.
+SLEEPING = ("OMP_WAIT_POLICY", "passive")
+
+
 def main() -> None:
     """Run the command; what is wrong is one line on stderr, and no traceback."""
+    os.environ.setdefault(*SLEEPING)  # before torch is loaded, and for the processes started here
     try:
         code = app(standalone_mode=False)
     except V4AscendError as e:
