@@ -166,14 +166,14 @@ def test_shard_looks_at_headers_first_and_fetches_what_can_be_laid_out(served, t
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     good = make_plan(tiny, {"dp_size": 2, "ep_size": 2})
     first, second = good.ranks
-    bad = good.model_copy(
-        update={"ranks": (first, second.model_copy(update={"layers": (0, 43)}))}
-    )
+    bad = good.model_copy(update={"ranks": (first, second.model_copy(update={"layers": (0, 43)}))})
     for written, dry in ((bad, ()), (good, ("--dry-run",))):
         written.write(plan)
         done = run("shard", "hf:org/tiny", "--plan", plan, "--out", out, *dry)
         assert done.exit_code == (0 if dry else 1), done.output
-        whole_files = [a for a in served.asked if a[0] == "GET" and "safetensors" in a[1] and not a[2]]
+        whole_files = [
+            a for a in served.asked if a[0] == "GET" and "safetensors" in a[1] and not a[2]
+        ]
         assert [a[1] for a in whole_files if not a[1].endswith(".index.json")] == []
     assert not out.exists()
     good.write(plan)

@@ -67,9 +67,7 @@ class RowErrors(NamedTuple):
     def between(cls, x: torch.Tensor, y: torch.Tensor) -> RowErrors:
         """Compare values `x` [rows, n_in] fp32 with what became of them."""
         error = y - x
-        return cls(
-            error.count_nonzero(-1), error.abs().amax(-1), _squares(error), _squares(x)
-        )
+        return cls(error.count_nonzero(-1), error.abs().amax(-1), _squares(error), _squares(x))
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:

@@ -92,9 +92,7 @@ def table(found: Costs) -> str:
     for c in found.costs:
         ratio = "" if c.ratio is None else f"{c.ratio:.2f}"
         rate = f"{c.bytes_per_s / 1e9:.2f}"
-        lines.append(
-            f"| {c.what} | {rate} | {c.against} | {ratio} | {c.peak_bytes / 2**20:,.0f} |"
-        )
+        lines.append(f"| {c.what} | {rate} | {c.against} | {ratio} | {c.peak_bytes / 2**20:,.0f} |")
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ from v4_ascend.checkpoint.rank_files import RankFile
 from v4_ascend.checkpoint.reader import TORCH_DTYPES
 from v4_ascend.checkpoint.report import REPORT, report_of
 from v4_ascend.checkpoint.row_conversion import converted
+from v4_ascend.checkpoint.write_behind import WriteBehind
 from v4_ascend.checkpoint.writing import Moved
 from v4_ascend.config.inventory import TensorSpec, inventory
 from v4_ascend.config.model import ModelConfig
@@ -114,7 +115,13 @@ class Recoding:
         try:
             with whole_file(out, file.name) as into:
                 _write_at(into, memoryview(header), 0)
-                sinks = _sinks(into, file, len(header), moved)
+                behind = WriteBehind(into)
+
+                def wrote(n: int) -> None:
+                    behind.wrote(n)
+                    moved(n)
+
+                sinks = _sinks(into, file, len(header), wrote)
                 for base, members in groupby(file.held, lambda h: base_of(h.spec.name)):
                     errors += self._linear(base, list(members), sinks, files)
         finally:
