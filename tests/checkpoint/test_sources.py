@@ -162,7 +162,7 @@ def test_a_branch_that_moves_does_not_move_what_is_pinned(served, tiny, tmp_path
 
 
 def test_shard_looks_at_headers_first_and_fetches_what_can_be_laid_out(served, tiny, tmp_path):
-    """A plan of another model, or a small disk, costs no download."""
+    """A plan of another model costs no download, a dry run neither."""
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     good = make_plan(tiny, {"dp_size": 2, "ep_size": 2})
     first, second = good.ranks

@@ -86,13 +86,13 @@ def table(found: Costs) -> str:
     lines = [
         f"{found.nbytes:,} bytes, {found.workers} workers, {found.machine}, {found.date}:",
         "",
-        "| command | GB/s | by that of | | most memory, MiB |",
+        "| command | GB/s | ratio | to | most memory, MiB |",
         "|---|---|---|---|---|",
     ]
     for c in found.costs:
         ratio = "" if c.ratio is None else f"{c.ratio:.2f}"
         rate = f"{c.bytes_per_s / 1e9:.2f}"
-        lines.append(f"| {c.what} | {rate} | {c.against} | {ratio} | {c.peak_bytes / 2**20:,.0f} |")
+        lines.append(f"| {c.what} | {rate} | {ratio} | {c.against} | {c.peak_bytes / 2**20:,.0f} |")
     return "\n".join(lines)
 
 
