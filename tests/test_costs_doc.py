@@ -1,7 +1,7 @@
-"""README's table of memory and speed is what `bench checkpoint` reported; run this file to renew it.
+"""README's table of memory and speed is what `bench checkpoint` reported; run this to renew it.
 
-``v4-ascend bench checkpoint ... --json > docs/reports/DATE-cpu/checkpoint.json`` makes a report; the
-newest one counts.
+``v4-ascend bench checkpoint ... --json > docs/reports/DATE-cpu/checkpoint.json`` makes a report;
+the newest one counts.
 """
 
 import json

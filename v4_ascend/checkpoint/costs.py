@@ -22,7 +22,7 @@ from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.errors import ConfigError, ShardError
 
 FORMATS = ("fp8", "mxfp8", "bf16", "w8a8", "w4a8")
-RAW = "raw read of the files"  # as `bench load` names it
+RAW = "raw read"  # as `bench load` names it
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):

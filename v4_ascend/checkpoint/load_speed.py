@@ -23,7 +23,7 @@ from v4_ascend.checkpoint.reader import Checkpoint, read_tensor
 PIECE = 4 << 20  # of a plain read; more leaves the cache, and what Linux reads ahead
 PAGE = 4096  # direct I/O wants offsets and sizes in whole ones
 N_AT_ONCE = 2
-LOAD, RAW = "tensors, as models are loaded", "raw read of the files"
+LOAD, RAW = "tensors", "raw read"
 
 
 @dataclass(frozen=True, kw_only=True)
