@@ -1,6 +1,6 @@
 """What laying out, converting and reading a checkpoint cost here, in time and memory.
 
-Every command runs as a process of its own, as people run it: its most memory is the system's count.
+Every command runs as a process of its own, as people run it, and says itself what memory it had.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.errors import ConfigError, ShardError
 
 FORMATS = ("fp8", "mxfp8", "bf16", "w8a8", "w4a8")
+# The system's count for a child would begin with the memory of the process it was forked from.
+CHILD = """import pathlib, sys
+from v4_ascend.cli import main
+try:
+    main()
+finally:
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
+"""
 RAW = "raw read"  # as `bench load` names it
 
 
@@ -134,18 +143,13 @@ def _cost(what: str, rate: float, against: str, other: float | None, peak: int) 
 
 def _run(words: Sequence[str | Path | int]) -> tuple[dict[str, Any], int]:
     """Run a command with `--json`; return its data, and the most memory it had."""
-    command = [sys.executable, "-m", "v4_ascend", *map(str, words)]
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as logged:
-        process = subprocess.Popen(command, stdout=said, stderr=logged)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        said.seek(0)
-        logged.seek(0)
-        if process.returncode:
-            last = logged.read().decode(errors="replace").strip().splitlines()[-1:]
-            what = " ".join(map(str, words))
-            raise ShardError(f"{what}: exit code {process.returncode}: {''.join(last)}")
-        return json.loads(said.read())["data"], usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", CHILD, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    *logged, kib = done.stderr.strip().splitlines() or [""]
+    if done.returncode:
+        what = " ".join(map(str, words))
+        raise ShardError(f"{what}: exit code {done.returncode}: {''.join(logged[-1:])}")
+    return json.loads(done.stdout)["data"], int(kib) * 1024
 
 
 def _machine() -> str:
