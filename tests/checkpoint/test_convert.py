@@ -20,9 +20,10 @@ from layouts import LAYOUTS, make_plan, write_tiny
 from safetensors.torch import save_file
 
 from v4_ascend.checkpoint import recoding
-from v4_ascend.checkpoint.codecs import Stored, decode, encode, lossless
+from v4_ascend.checkpoint.codecs import Stored, decode, encode
 from v4_ascend.checkpoint.convert import Conversion
 from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.lossless import lossless
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.recoding import Recoding
 from v4_ascend.checkpoint.report import read_report

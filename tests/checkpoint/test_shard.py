@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from layouts import LAYOUTS, make_plan, write_tiny
 from safetensors import safe_open
 
-from v4_ascend.checkpoint import rank_files
+from v4_ascend.checkpoint import rank_files, write_behind
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.manifest import read_record
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
@@ -212,6 +212,19 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(tmp_path, checkpoin
 @pytest.mark.slow
 def test_killed_at_200_random_points_it_ends_with_the_same_bytes(tmp_path, checkpoint):
     run_drill(tmp_path, checkpoint, 200)
+
+
+def test_the_disk_is_kept_busy_and_the_bytes_are_the_same(tmp_path, checkpoint, monkeypatch):
+    plan, told = make_plan(checkpoint, LAYOUTS["ep2"]), []
+    shard(checkpoint, plan, tmp_path / "a")
+    real = write_behind._start
+    monkeypatch.setattr(write_behind, "BEHIND_BYTES", 100_000)
+    monkeypatch.setattr(write_behind, "_start", lambda *args: told.append(real(*args)))
+    shard(checkpoint, plan, tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    n_bytes = sum(f.stat().st_size for f in (tmp_path / "b").glob("*.safetensors"))
+    assert n_bytes // 200_000 < len(told) <= n_bytes // 100_000
+    assert set(told) == {0}
 
 
 def test_the_same_work_twice_gives_the_same_bytes_and_resume_writes_nothing(tmp_path, checkpoint):

@@ -7,9 +7,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from hub import hub
+from layouts import make_plan
 from typer.testing import CliRunner
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.checkpoint.sources import headers, pinned, whole
 from v4_ascend.checkpoint.sparse import write_sparse
 from v4_ascend.checkpoint.synthetic import write_synthetic
@@ -157,3 +159,27 @@ def test_a_branch_that_moves_does_not_move_what_is_pinned(served, tiny, tmp_path
     (moved / "generation_config.json").write_text("{}")
     served.repos["org/tiny"] = {"main": moved, "old": tiny}
     assert whole(reference) == was
+
+
+def test_shard_looks_at_headers_first_and_fetches_what_can_be_laid_out(served, tiny, tmp_path):
+    """A plan of another model costs no download, a dry run neither."""
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    good = make_plan(tiny, {"dp_size": 2, "ep_size": 2})
+    first, second = good.ranks
+    bad = good.model_copy(update={"ranks": (first, second.model_copy(update={"layers": (0, 43)}))})
+    for written, dry in ((bad, ()), (good, ("--dry-run",))):
+        written.write(plan)
+        done = run("shard", "hf:org/tiny", "--plan", plan, "--out", out, *dry)
+        assert done.exit_code == (0 if dry else 1), done.output
+        whole_files = [
+            a for a in served.asked if a[0] == "GET" and "safetensors" in a[1] and not a[2]
+        ]
+        assert [a[1] for a in whole_files if not a[1].endswith(".index.json")] == []
+    assert not out.exists()
+    good.write(plan)
+    assert run("shard", "hf:org/tiny", "--plan", plan, "--out", out).exit_code == 0
+    Sharding(CheckpointFolder(tiny), good).run(tmp_path / "local")
+    for file in (tmp_path / "local").glob("rank-*"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    said = json.loads((out / "manifest.json").read_text())["source"]
+    assert said["revision"] == whole("hf:org/tiny").name

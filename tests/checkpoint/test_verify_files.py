@@ -10,10 +10,13 @@ import sys
 import pytest
 from layouts import LAYOUTS, make_plan, write_tiny
 
+from v4_ascend.checkpoint.convert import Conversion
 from v4_ascend.checkpoint.damage import checkpoint_damage
 from v4_ascend.checkpoint.difference import differences
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.manifest import read_record
+from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
+from v4_ascend.checkpoint.recoding import Recoding
 from v4_ascend.checkpoint.shard import Sharding
 from v4_ascend.checkpoint.sharded import ShardedFolder
 from v4_ascend.errors import CheckpointError
@@ -110,6 +113,31 @@ def test_a_truncated_file_is_never_taken_for_whole(sharded, checkpoint):
     assert any("bytes, manifest.json says" in p for p in damage(sharded))
     with pytest.raises(CheckpointError, match=r"rank-00001.*bytes, manifest\.json says"):
         ShardedFolder(sharded).rank_headers(make_plan(checkpoint, LAYOUTS["tp2"]), 1)
+
+
+def test_a_rank_does_not_load_what_was_flipped(sharded, checkpoint):
+    plan = make_plan(checkpoint, LAYOUTS["tp2"])
+    tensor = read_record(sharded / "rank-00001.safetensors").tensors[-2]
+    flip(sharded / "rank-00001.safetensors", tensor.begin)
+    rank = RankCheckpoint(ShardedFolder(sharded), plan, 1)
+    with pytest.raises(CheckpointError, match=rf"{tensor.name}: bytes .* have the CRC-32 .*resume"):
+        rank.tensor(tensor.name)
+    others = [name for name in rank.headers if name != tensor.name]
+    assert all(rank.tensor(name) is not None for name in others)
+
+
+def test_a_converted_tensor_is_not_read_if_it_was_flipped(tmp_path, checkpoint):
+    folder = CheckpointFolder(checkpoint)
+    Conversion(folder, Recoding(folder, "fp8", None)).run(tmp_path / "fp8")
+    name = "layers.2.ffn.experts.3.w1.weight"
+    assert Checkpoint(tmp_path / "fp8").tensor(name) is not None
+    header = CheckpointFolder(tmp_path / "fp8").headers[name]
+    flip(header.file, header.end - 1)
+    with pytest.raises(CheckpointError, match=rf"{name}: bytes .* have the CRC-32"):
+        Checkpoint(tmp_path / "fp8").tensor(name)
+    header.file.write_bytes(header.file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"is truncated"):
+        Checkpoint(tmp_path / "fp8")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 import json
+import re
 
 import pytest
+from layouts import LAYOUTS as LAYOUTS_OF_TINY
+from layouts import make_plan
 from typer.testing import CliRunner
 
 from v4_ascend.backends.exchange import FEW_RANKS
+from v4_ascend.checkpoint.costs import FORMATS
 from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.checkpoint.synthetic import in_format, write_synthetic
 from v4_ascend.cli.app import app
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.config.presets import preset_path
-from v4_ascend.errors import ConfigError
+from v4_ascend.errors import ConfigError, ShardError
 from v4_ascend.runtime.bench_generate import OURS
 from v4_ascend.runtime.bench_ranks import LAYOUTS
 
@@ -95,9 +99,9 @@ def test_loading_is_timed_against_the_files(tmp_path):
     assert done.exit_code == 0, done.exception
     assert "| tensors | " in done.stdout
     assert "bytes, cold | GB/s | ratio to raw |" in done.stdout
-    found = json.loads(
-        _run("load", "--checkpoint", tmp_path / "c", "--rounds", 1, "--warm", "--json").stdout
-    )["data"]
+    more = ("--rounds", 1, "--warm", "--every-way", "--json")
+    found = json.loads(_run("load", "--checkpoint", tmp_path / "c", *more).stdout)["data"]
+    assert len(found["bytes_per_s"]) == 6
     assert found["bytes"] == sum(h.nbytes for h in Checkpoint(tmp_path / "c").headers.values())
     assert all(rate > 0 for rate in found["bytes_per_s"].values())
 
@@ -111,3 +115,33 @@ def test_the_start_and_a_search_are_timed():
     assert 0 < found["seconds"]["python"] < found["seconds"]["v4-ascend --help"]
     assert found["seconds"]["search"] > 0
     assert isinstance(_run("plan").exception, ConfigError)
+
+
+def test_every_command_is_timed_as_a_process_of_its_own_and_what_it_wrote_is_gone(tmp_path):
+    """On a checkpoint that one command cannot take, what it said is told."""
+    config = ModelConfig.read(preset_path("tiny"))
+    write_synthetic(config, tmp_path / "c", seed=0)
+    (tmp_path / "plan.json").write_text("{}")
+    done = _run("checkpoint", "--checkpoint", tmp_path / "c", "--plan", tmp_path / "plan.json",
+                "--scratch", tmp_path, "--rounds", 1)  # fmt: skip
+    assert isinstance(done.exception, ShardError)
+    assert re.search(r"bench shard .*: exit code 2: error: .*is not a plan", str(done.exception))
+
+
+@pytest.mark.slow
+def test_the_table_of_costs_has_every_command(tmp_path):
+    write_synthetic(ModelConfig.read(preset_path("tiny")), tmp_path / "c", seed=0)
+    make_plan(tmp_path / "c", LAYOUTS_OF_TINY["ep2"]).write(tmp_path / "plan.json")
+    (tmp_path / "scratch").mkdir()
+    done = _run("checkpoint", "--checkpoint", tmp_path / "c", "--plan", tmp_path / "plan.json",
+                "--scratch", tmp_path / "scratch", "--rounds", 1, "--json")  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    costs = json.loads(done.stdout)["data"]["costs"]
+    assert [c["what"] for c in costs] == [
+        "shard", "shard", *(f"convert --to {f}" for f in FORMATS),
+        "reading for a load, cold", "reading for a load, warm",
+    ]  # fmt: skip
+    assert all(c["bytes_per_s"] > 0 and c["ratio"] > 0 for c in costs)
+    # shard has no torch in memory, convert has.
+    assert costs[0]["peak_bytes"] < costs[2]["peak_bytes"] < 2**30
+    assert not list((tmp_path / "scratch").iterdir())

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from layouts import make_plan, write_tiny
+from layouts import LAYOUTS, make_plan, write_tiny
+from parallel_plans import run_ranks
 
 from v4_ascend.checkpoint.convert import Conversion
 from v4_ascend.checkpoint.folder import CheckpointFolder
@@ -69,6 +70,27 @@ def test_int8_and_int4_stay_within_the_bounds_of_the_docs(recorded, name):
 def test_two_conversions_are_not_compared_with_each_other(recorded):
     with pytest.raises(ConfigError, match="is of other checkpoints"):
         open_pair(recorded("w8a8"), recorded("w4a8"))
+
+
+def test_ranks_of_a_converted_checkpoint_compute_what_one_process_computes(tmp_path, folder):
+    """TP cuts integers and their scales; read by name, or from files made in one pass."""
+    source, plans = CheckpointFolder(folder / "source"), {}
+    for name in ("w8a8", "w4a8"):
+        by_name = make_plan(folder / name, LAYOUTS["tp2"], kernels="reference")
+        one = Recoding(source, name, recipe_for(name, None, None))
+        Sharding(source, by_name, recoding=one).run(tmp_path / name)
+        own = by_name.model_copy(update={"checkpoint": str(tmp_path / name)})
+        plans |= {name: by_name, f"{name}-own": own}
+    cases = run_ranks(tmp_path, plans, 2, ragged=((90, 3), (1, 1)))
+    for name in ("w8a8", "w4a8"):
+        alone = make_plan(folder / name, {}, kernels="reference")
+        with use_policy(kernels="reference"):
+            engine = Engine.load(alone, lambda done, total: None)
+            want = [engine.logits([Chunk(*c) for c in s[0]]) for s in cases[name]["steps"]]
+        by_name, own = (torch.load(tmp_path / f"{n}-dp0.pt") for n in (name, f"{name}-own"))
+        for a, b, c in zip(want, by_name, own, strict=True):
+            assert (a - b).abs().max() < 1e-5
+            assert torch.equal(b, c)
 
 
 def test_a_drafter_is_converted_and_sharded_with_the_rest(tmp_path):

@@ -26,6 +26,7 @@ from v4_ascend.checkpoint.manifest import (
 )
 from v4_ascend.checkpoint.pieces import pieces, read_into
 from v4_ascend.checkpoint.rank_files import RankFile
+from v4_ascend.checkpoint.write_behind import WriteBehind
 from v4_ascend.errors import ShardError
 from v4_ascend.supernode.holdings import Part
 
@@ -45,10 +46,15 @@ def copy_file(folder: CheckpointFolder, file: RankFile, out: Path, moved: Moved)
     try:
         with whole_file(out, file.name) as into:
             write_all(into, memoryview(header))
-            records, at = [], len(header)
+            records, at, behind = [], len(header), WriteBehind(into)
+
+            def wrote(n: int) -> None:
+                behind.wrote(n)
+                moved(n)
+
             for h in file.held:
                 source = folder.headers[h.spec.name]
-                crc = _copy(files.open(source.file), source, h.part, into, buffer, moved)
+                crc = _copy(files.open(source.file), source, h.part, into, buffer, wrote)
                 records.append(_record(source, h.part, at, at + h.nbytes, crc))
                 at += h.nbytes
     finally:

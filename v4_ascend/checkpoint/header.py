@@ -21,7 +21,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where one tensor is: bytes [begin, end) of `file`."""
+    """Where one tensor is: bytes [begin, end) of `file`, and their CRC-32 where one is recorded."""
 
     name: str
     dtype: Dtype
@@ -29,6 +29,7 @@ class TensorHeader:
     file: Path
     begin: int
     end: int
+    crc32: int | None = None
 
     @property
     def nbytes(self) -> int:

@@ -53,7 +53,7 @@ class TensorRecord(_Record, frozen=True, kw_only=True, omit_defaults=True):
 class TensorErrors(_Record, frozen=True, kw_only=True):
     """How far one converted weight, or the part of it in a file, is from the one it was made of.
 
-    `rms` is of the source. `n_changed` values differ at all.
+    `rms` is of the source, where something was rounded. `n_changed` values differ at all.
     """
 
     name: str

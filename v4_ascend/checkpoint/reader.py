@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from v4_ascend.checkpoint.damage import SCALES
-from v4_ascend.checkpoint.folder import CheckpointFolder
+from v4_ascend.checkpoint.folder import MANIFEST, CheckpointFolder
 from v4_ascend.checkpoint.header import TensorHeader
 from v4_ascend.checkpoint.pieces import pieces, read_into
 from v4_ascend.checkpoint.sharded import ShardedFolder
@@ -30,8 +33,17 @@ TORCH_DTYPES: dict[Dtype, torch.dtype] = {
 class Checkpoint(CheckpointFolder):
     """Reads tensors by their official names, in their official dtypes.
 
-    Opening reads headers alone; a tensor is read when it is asked for and kept by nobody.
+    Opening reads headers alone; a tensor is read when it is asked for and kept by nobody. Of what
+    `convert` made, a tensor that is read whole is compared with its checksum.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if (path / MANIFEST).exists():
+            recorded = {t.name: t.crc32 for r in ShardedFolder(path).records() for t in r.tensors}
+            self.headers = {
+                name: replace(h, crc32=recorded.get(name)) for name, h in self.headers.items()
+            }
 
     def tensor(self, name: str, part: Part | None = None) -> torch.Tensor:
         """Read one tensor, or a part of it and none of the rest.
@@ -39,7 +51,8 @@ class Checkpoint(CheckpointFolder):
         FP4 comes as the int8 and scales as the E8M0 they are stored as.
 
         Raises:
-            CheckpointError: it is not there, or it is a scale that is not a number.
+            CheckpointError: it is not there, not what was recorded of it, or a scale that is not a
+                number.
         """
         header = self.headers.get(name)
         if header is None:
@@ -63,7 +76,8 @@ class RankCheckpoint:
         """Read one tensor.
 
         Raises:
-            CheckpointError: the rank does not hold it, or it is a scale that is not a number.
+            CheckpointError: the rank does not hold it, it is not what was recorded of it, or a
+                scale that is not a number.
         """
         header = self.headers.get(name)
         if header is None:
@@ -75,7 +89,8 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
     """Read one tensor, or a part of it and none of the rest.
 
     Raises:
-        CheckpointError: the file became shorter, or a scale is not a number.
+        CheckpointError: the file became shorter, the bytes are not those recorded, or a scale is
+            not a number.
     """
     dtype = TORCH_DTYPES[header.dtype]
     if not header.nbytes:
@@ -88,10 +103,21 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
         for at, size in pieces(header, part):
             read_into(f.fileno(), header, at, into[:size])
             into = into[size:]
+    if header.crc32 is not None and part is None:
+        _check_bytes(header, data)
     tensor = data.view(dtype).view(part.shape(header.shape) if part else header.shape)
     if header.name.endswith(SCALES):
         _check_scale(header, tensor)
     return tensor
+
+
+def _check_bytes(header: TensorHeader, data: torch.Tensor) -> None:
+    if (crc := zlib.crc32(data.numpy().data)) != header.crc32:
+        raise CheckpointError(
+            f"{header.file}: {header.name}: bytes {header.begin:,}..{header.end:,} have the CRC-32 "
+            f"{crc:08x}, recorded is {header.crc32:08x}; the file is damaged: what made it makes "
+            "it again with --resume"
+        )
 
 
 def _check_scale(header: TensorHeader, scale: torch.Tensor) -> None:

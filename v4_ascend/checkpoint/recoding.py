@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from v4_ascend.checkpoint.codecs import BLOCK, Parts, Stored, decode, encode, lossless
+from v4_ascend.checkpoint.codecs import BLOCK, Parts, RowErrors, Stored
 from v4_ascend.checkpoint.copying import CHUNK, OpenFiles, file_record, whole_file
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.header import TensorHeader
@@ -31,6 +31,8 @@ from v4_ascend.checkpoint.pieces import pieces, read_into
 from v4_ascend.checkpoint.rank_files import RankFile
 from v4_ascend.checkpoint.reader import TORCH_DTYPES
 from v4_ascend.checkpoint.report import REPORT, report_of
+from v4_ascend.checkpoint.row_conversion import converted
+from v4_ascend.checkpoint.write_behind import WriteBehind
 from v4_ascend.checkpoint.writing import Moved
 from v4_ascend.config.inventory import TensorSpec, inventory
 from v4_ascend.config.model import ModelConfig
@@ -113,7 +115,13 @@ class Recoding:
         try:
             with whole_file(out, file.name) as into:
                 _write_at(into, memoryview(header), 0)
-                sinks = _sinks(into, file, len(header), moved)
+                behind = WriteBehind(into)
+
+                def wrote(n: int) -> None:
+                    behind.wrote(n)
+                    moved(n)
+
+                sinks = _sinks(into, file, len(header), wrote)
                 for base, members in groupby(file.held, lambda h: base_of(h.spec.name)):
                     errors += self._linear(base, list(members), sinks, files)
         finally:
@@ -142,11 +150,8 @@ class Recoding:
                 ending: _read_rows(headers[spec.name], *source.span(ending, first, end), files)
                 for ending, spec in source.specs.items()
             }
-            if (made := lossless(source, target, parts)) is not None:
-                writer.put(first, end, made, None)
-                continue
-            x = decode(source, parts)
-            writer.put(first, end, encode(target, x, importance), x)
+            made, row_errors = converted(source, target, parts, importance, writer.columns)
+            writer.put(first, end, made, row_errors)
         yield writer.errors()
 
     def others(
@@ -210,14 +215,22 @@ class _Weight:
         """Say whether any tensor has something of these rows."""
         return any(a < b for e in self.parts for a, b in [self._rows(e, first, end)])
 
-    def put(self, first: int, end: int, made: Parts, x: torch.Tensor | None) -> None:
-        """Write these rows, of each tensor its part; without `x` no value changed."""
+    @property
+    def columns(self) -> slice:
+        """Return those of the weight that are written."""
+        part = self.parts.get("weight")
+        if part is None or part.dim == 0:
+            return slice(None)
+        return slice(*part.bounds((self.target.n_out, self.target.n_in)))
+
+    def put(self, first: int, end: int, made: Parts, errors: RowErrors | None) -> None:
+        """Write these rows, of each tensor its part; without `errors` no value changed."""
         for ending, part in self.parts.items():
             start = self.target.span(ending, first, end)[0]
             a, b = self._rows(ending, first, end)
             tensor = made[ending][max(a - start, 0) : max(b - start, 0)]
             self.sinks[ending].put(_bytes(_columns(tensor, part)))
-        self._count(first, end, made, x)
+        self._count(first, end, errors)
 
     def errors(self) -> TensorErrors:
         """Return how far the weight is from its source."""
@@ -232,57 +245,48 @@ class _Weight:
         begin, stop = part.bounds(self.target.specs[ending].shape)
         return max(a, begin), min(b, stop)
 
-    def _count(self, first: int, end: int, made: Parts, x: torch.Tensor | None) -> None:
-        part = self.parts.get("weight")
+    def _count(self, first: int, end: int, errors: RowErrors | None) -> None:
         if "weight" not in self.parts:
             return
         a, b = first, end
+        part = self.parts["weight"]
         if part is not None and part.dim == 0:
             begin, stop = part.bounds((self.target.n_out,))
             a, b = max(a, begin), min(b, stop)
-        rows = slice(max(a - first, 0), max(b - first, 0))
-        if x is None:
-            n_in = self.target.n_in // (part.count if part and part.dim == 1 else 1)
-            self._sums.values += max(b - a, 0) * n_in
-            return
-        y = decode(self.target, made)
-        self._sums.add(_columns(x[rows], part), _columns(y[rows], part))
+        if a < b:
+            begin, stop, _ = self.columns.indices(self.target.n_in)
+            n_values = (b - a) * (stop - begin)
+            self._sums.add(n_values, errors, slice(a - first, b - first))
 
 
 @dataclass
 class _Sums:
     values: int = 0
+    n_compared: int = 0  # of them; the others are known to be what they were
     n_changed: int = 0
     largest: float = 0.0
     of_errors: float = 0.0
     of_values: float = 0.0
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        if not x.numel():
+    def add(self, n_values: int, errors: RowErrors | None, rows: slice) -> None:
+        self.values += n_values
+        if errors is None:
             return
-        error = y - x
-        self.values += x.numel()
-        self.n_changed += int(error.count_nonzero())
-        low, high = error.aminmax()
-        self.largest = max(self.largest, -float(low), float(high))
-        self.of_errors += _squares(error)
-        self.of_values += _squares(x)
+        self.n_compared += n_values
+        self.n_changed += int(errors.n_changed[rows].sum())
+        self.largest = max(self.largest, float(errors.largest[rows].amax()))
+        self.of_errors += float(errors.of_errors[rows].sum())
+        self.of_values += float(errors.of_values[rows].sum())
 
     def errors(self, base: str) -> TensorErrors:
-        n = max(self.values, 1)
         return TensorErrors(
             name=f"{base}.weight",
             values=self.values,
             n_changed=self.n_changed,
             max_error=_shortened(self.largest),
-            rms_error=_shortened((self.of_errors / n) ** 0.5),
-            rms=_shortened((self.of_values / n) ** 0.5),
+            rms_error=_shortened((self.of_errors / max(self.values, 1)) ** 0.5),
+            rms=_shortened((self.of_values / max(self.n_compared, 1)) ** 0.5),
         )
-
-
-def _squares(x: torch.Tensor) -> float:
-    """Sum squares: fp32 along a row, fp64 over the rows."""
-    return float(torch.linalg.vector_norm(x, dim=-1).double().square().sum())
 
 
 def _shortened(x: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from v4_ascend.checkpoint.damage import file_damage
@@ -106,7 +107,7 @@ class ShardedFolder:
                 h = headers.get(t.name)
                 if h is None or (h.dtype, h.shape, h.begin) != (t.dtype, t.shape, t.begin):
                     raise CheckpointError(f"{file}: {t.name}: is not where its record says")
-                found[t.name], parts[t.name] = h, t.of_part
+                found[t.name], parts[t.name] = replace(h, crc32=t.crc32), t.of_part
         wanted = holdings(self.config, plan, plan.ranks[rank])
         if parts != {name: h.part for name, h in wanted.items()}:
             differ = sorted(parts.keys() ^ wanted.keys()) or [
@@ -114,6 +115,10 @@ class ShardedFolder:
             ]
             raise CheckpointError(f"{self.path}: rank {rank}: {differ[0]} is not what it reads")
         return found
+
+    @property
+    def _command(self) -> str:
+        return "convert" if self.manifest.plan is None else "shard"
 
     def _problems(self, entry: FileEntry) -> Iterator[str]:
         file = self.path / entry.name
@@ -130,8 +135,8 @@ class ShardedFolder:
         if problems:
             shown = "\n".join(f"  - {p}" for p in problems[:20])
             raise CheckpointError(
-                f"{self.path}: not what {MANIFEST} says; make it again with v4-ascend shard "
-                f"--resume:\n{shown}"
+                f"{self.path}: not what {MANIFEST} says; make it again with v4-ascend "
+                f"{self._command} --resume:\n{shown}"
             )
 
 

@@ -20,10 +20,12 @@ import httpx
 
 from v4_ascend.checkpoint.folder import INDEX, SINGLE, shard_names
 from v4_ascend.checkpoint.header import MAX_HEADER_BYTES
+from v4_ascend.config.quant_types import DESCRIPTION
 from v4_ascend.config.topology import is_remote
 from v4_ascend.errors import CheckpointError, ConfigError
 
 CONFIG = "config.json"
+BESIDE = (CONFIG, INDEX, DESCRIPTION)  # of the headers, what says what tensors there are
 # The first request brings most headers whole: a shard of Pro has about 300 KB of them.
 FIRST_BYTES = 512 << 10
 N_AT_ONCE = 8
@@ -100,10 +102,10 @@ def headers(reference: str, progress: Progress) -> Iterator[Path]:
     if hub.is_offline:
         yield hub.fetch(None)
         return
-    small = hub.fetch([CONFIG, INDEX])
+    small = hub.fetch(BESIDE)
     with TemporaryDirectory(prefix="v4-ascend-") as scratch:
         folder = Path(scratch)
-        for name in (CONFIG, INDEX):
+        for name in BESIDE:
             if (small / name).exists():
                 (folder / name).write_bytes((small / name).read_bytes())
         files = _shards(small / INDEX)

@@ -137,7 +137,7 @@ class Writing(ABC):
         identity = self.identity(self._source)
         try:
             with _claimed(out, identity, self.command, resume=resume):
-                self._require_space(out)
+                self.require_space(out)
                 done = self._write(out, workers, progress)
                 entries = tuple(e for e, _ in done)
                 copied = self._write_others(entries, out)
@@ -154,6 +154,21 @@ class Writing(ABC):
         written = sum(f.data_bytes for f in self.files if f.link is None and f.name not in kept)
         return Written(manifest, len(kept), written)
 
+    def require_space(self, out: Path) -> None:
+        """Refuse a disk that is too small for what is not there yet.
+
+        Raises:
+            ShardError: with what is needed and what is free.
+        """
+        there = sum(
+            min(f.data_bytes, path.stat().st_size)
+            for f in self.files
+            if f.link is None and (path := out / f.name).exists()
+        )
+        needed, free = self.bytes_to_write - there, bytes_free(out)
+        if needed > free:
+            raise ShardError(f"{out}: {needed:,} bytes to write, its disk has {free:,} free")
+
     @cached_property
     def _source(self) -> Source:
         path = self.folder.path.resolve()
@@ -163,16 +178,6 @@ class Writing(ABC):
             digest=self.folder.digest,
             files=self.states,
         )
-
-    def _require_space(self, out: Path) -> None:
-        there = sum(
-            min(f.data_bytes, path.stat().st_size)
-            for f in self.files
-            if f.link is None and (path := out / f.name).exists()
-        )
-        needed, free = self.bytes_to_write - there, shutil.disk_usage(out).free
-        if needed > free:
-            raise ShardError(f"{out}: {needed:,} bytes to write, its disk has {free:,} free")
 
     def _write(self, out: Path, workers: int, progress: Progress) -> list[tuple[FileEntry, bool]]:
         """Write or keep every file, several at once; the first error stops all."""
@@ -254,6 +259,11 @@ class Writing(ABC):
             write_whole(out / name, data)
             written[name] = hashlib.sha256(data).hexdigest()
         return written
+
+
+def bytes_free(out: Path) -> int:
+    """Return what is free on the disk of a folder that need not be there yet."""
+    return shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.is_dir())).free
 
 
 @contextmanager

@@ -207,19 +207,25 @@ def load_command(
     warm: Annotated[
         bool, typer.Option("--warm", help="leave the files in the page cache between reads")
     ] = False,
+    every_way: Annotated[
+        bool, typer.Option("--every-way", help="mapped, direct and several files at once too")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time reading every tensor against reading the files, bytes per second."""
-    from v4_ascend.checkpoint.load_speed import load_speed
+    from v4_ascend.checkpoint.load_speed import RAW, load_speed
     from v4_ascend.checkpoint.reader import Checkpoint
     from v4_ascend.cli.progress import reporter
 
     with reporter("timing rounds") as progress:
         best = load_speed(
-            Checkpoint(checkpoint), rounds=rounds, is_cold=not warm, progress=progress
+            Checkpoint(checkpoint),
+            rounds=rounds,
+            is_cold=not warm,
+            every_way=every_way,
+            progress=progress,
         )
-    ways = {"tensors": best.tensors, "raw read": best.raw}
-    rates = {way: best.nbytes / seconds for way, seconds in ways.items()}
+    rates = {way: best.nbytes / seconds for way, seconds in best.seconds.items()}
     if as_json:
         data = {"what": "load", "bytes": best.nbytes, "warm": warm, "bytes_per_s": rates}
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
@@ -227,7 +233,35 @@ def load_command(
     state = "warm" if warm else "cold"
     typer.echo(f"| {best.nbytes:,} bytes, {state} | GB/s | ratio to raw |\n|---|---|---|")
     for way, rate in rates.items():
-        typer.echo(f"| {way} | {rate / 1e9:.2f} | {rate / rates['raw read']:.2f} |")
+        typer.echo(f"| {way} | {rate / 1e9:.2f} | {rate / rates[RAW]:.2f} |")
+
+
+@bench.command("checkpoint")
+def checkpoint_command(
+    checkpoint: CheckpointOption,
+    plan: Annotated[Path, typer.Option(help="plan.json")],
+    scratch: Annotated[Path, typer.Option(help="folder on the disk to time, for two copies")],
+    rounds: Rounds = 3,
+    workers: Annotated[int | None, typer.Option(min=1, help="as shard --workers")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time shard, convert and loading, and count the most memory each takes: README's table."""
+    import msgspec
+
+    from v4_ascend.checkpoint.costs import measured, table
+    from v4_ascend.cli.progress import reporter
+
+    n_workers = workers or min(8, os.cpu_count() or 1)
+    with reporter("timing commands") as progress:
+        found = measured(
+            checkpoint, plan, scratch, rounds=rounds, workers=n_workers, progress=progress
+        )
+    if as_json:
+        data = msgspec.to_builtins(found)
+        result = {"version": 1, "status": "ok", "data": data, "diagnostics": []}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(table(found))
 
 
 @bench.command("ranks")

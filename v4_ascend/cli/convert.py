@@ -71,14 +71,22 @@ def convert_command(
     from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.checkpoint.recoding import Recoding
     from v4_ascend.checkpoint.report import read_report
-    from v4_ascend.checkpoint.sources import whole
-    from v4_ascend.cli.progress import byte_reporter
+    from v4_ascend.checkpoint.sources import headers, whole
+    from v4_ascend.cli.progress import byte_reporter, reporter
     from v4_ascend.config.precision import recipe_for
+    from v4_ascend.config.topology import is_remote
 
     chosen = recipe_for(to.value, soc.value if soc else None, recipe)
-    folder = CheckpointFolder(whole(checkpoint))
-    folder.require_complete()
-    job = Conversion(folder, Recoding(folder, to.value, chosen, calibration))
+
+    def job_of(path: Path) -> Conversion:
+        folder = CheckpointFolder(path)
+        folder.require_complete()
+        return Conversion(folder, Recoding(folder, to.value, chosen, calibration))
+
+    if is_remote(checkpoint):  # what cannot work is refused before hundreds of GB are fetched
+        with reporter("fetching headers") as progress, headers(checkpoint, progress) as sketch:
+            job_of(sketch).require_space(out)
+    job = job_of(whole(checkpoint))
     begun = time.perf_counter()
     with byte_reporter("converting") as progress:
         n_workers = workers or min(8, os.cpu_count() or 1)

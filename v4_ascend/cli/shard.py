@@ -56,26 +56,36 @@ def shard_command(
     """Lay a checkpoint out for a plan: each rank's tensors in its own files, as it reads them."""
     from v4_ascend.checkpoint.folder import CheckpointFolder
     from v4_ascend.checkpoint.shard import Sharding
-    from v4_ascend.checkpoint.sources import whole
-    from v4_ascend.cli.progress import byte_reporter
+    from v4_ascend.checkpoint.sources import headers, whole
+    from v4_ascend.cli.progress import byte_reporter, reporter
+    from v4_ascend.config.topology import is_remote
     from v4_ascend.supernode.plan import Plan
 
     wanted = Plan.read(plan)
-    folder = CheckpointFolder(whole(checkpoint))
-    folder.require_complete()
-    recoding = None
-    if to is not None:
-        from v4_ascend.checkpoint.recoding import Recoding
-        from v4_ascend.config.precision import recipe_for
 
-        if link:
-            raise ConfigError("--link", "a file that is converted is another file; leave --to away")
-        chosen = recipe_for(to.value, soc.value if soc else None, recipe)
-        recoding = Recoding(folder, to.value, chosen, calibration)
-    job = Sharding(folder, wanted, is_linked=link, recoding=recoding)
-    if dry_run:
-        _tell_sizes(job, out, as_json)
-        return
+    def job_of(path: Path) -> Sharding:
+        folder = CheckpointFolder(path)
+        folder.require_complete()
+        recoding = None
+        if to is not None:
+            from v4_ascend.checkpoint.recoding import Recoding
+            from v4_ascend.config.precision import recipe_for
+
+            chosen = recipe_for(to.value, soc.value if soc else None, recipe)
+            recoding = Recoding(folder, to.value, chosen, calibration)
+        return Sharding(folder, wanted, is_linked=link, recoding=recoding)
+
+    if to is not None and link:
+        raise ConfigError("--link", "a file that is converted is another file; leave --to away")
+    if dry_run or is_remote(checkpoint):
+        # Of a hub, headers alone: what cannot work is refused before hundreds of GB are fetched.
+        with reporter("fetching headers") as progress, headers(checkpoint, progress) as sketch:
+            job = job_of(sketch)
+        if dry_run:
+            _tell_sizes(job, out, as_json)
+            return
+        job.require_space(out)
+    job = job_of(whole(checkpoint))
     begun = time.perf_counter()
     with byte_reporter("sharding") as progress:
         n_workers = workers or min(8, os.cpu_count() or 1)
@@ -96,7 +106,7 @@ def shard_command(
         }
         _echo_json("ok", data, [])
         return
-    if recoding is not None:
+    if to is not None:
         from v4_ascend.checkpoint.report import read_report
 
         print_report(read_report(out))
@@ -109,14 +119,12 @@ def shard_command(
 
 def _tell_sizes(job: Sharding, out: Path, as_json: bool) -> None:
     """Print what would be written; exit 1 if the disk is too small for it."""
-    import shutil
-
     from rich.console import Console
     from rich.table import Table
 
-    sizes, needed = job.bytes_of_ranks(), job.bytes_to_write
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
+    from v4_ascend.checkpoint.writing import bytes_free
+
+    sizes, needed, free = job.bytes_of_ranks(), job.bytes_to_write, bytes_free(out)
     problem = (
         f"{out}: {needed:,} bytes to write, its disk has {free:,} free" if needed > free else None
     )

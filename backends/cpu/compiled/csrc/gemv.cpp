@@ -5,18 +5,6 @@ namespace {
 
 constexpr int MAX_ROWS = 4;  // of one group whose sums are in registers at once
 
-INLINE f32x16 from_e4m3(const uint8_t* p) {
-  u8x16 bytes;
-  memcpy(&bytes, p, sizeof bytes);
-  u32x16 b = widen(bytes);
-  u32x16 sign = (b & 0x80) << 24, magnitude = b & 0x7F;
-  f32x16 normal = (f32x16)((magnitude << 20) + (120u << 23));
-  f32x16 subnormal = __builtin_convertvector((i32x16)magnitude, f32x16) * 0x1p-9f;
-  f32x16 y = (f32x16)(magnitude < 8 ? (u32x16)subnormal : (u32x16)normal);
-  y = (f32x16)(magnitude == 0x7F ? u32x16{} + 0x7FC00000u : (u32x16)y);
-  return (f32x16)((u32x16)y | sign);
-}
-
 // e4m3 with a scale for `rows` x `group` values.
 struct FP8 {
   const uint8_t* weight;

@@ -177,6 +177,19 @@ INLINE float power_of_two(uint8_t e8m0) {
   return x;
 }
 
+// Sixteen e4m3 values.
+INLINE f32x16 from_e4m3(const uint8_t* p) {
+  u8x16 bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  u32x16 b = widen(bytes);
+  u32x16 sign = (b & 0x80) << 24, magnitude = b & 0x7F;
+  f32x16 normal = (f32x16)((magnitude << 20) + (120u << 23));
+  f32x16 subnormal = __builtin_convertvector((i32x16)magnitude, f32x16) * 0x1p-9f;
+  f32x16 y = (f32x16)(magnitude < 8 ? (u32x16)subnormal : (u32x16)normal);
+  y = (f32x16)(magnitude == 0x7F ? u32x16{} + 0x7FC00000u : (u32x16)y);
+  return (f32x16)((u32x16)y | sign);
+}
+
 // Call f(begin, end) for parts of [0, n), on several threads if `n * cost` operations are worth it.
 template <typename F>
 inline void parallel(int64_t n, int64_t cost, F f) {
