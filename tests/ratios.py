@@ -53,16 +53,16 @@ RATIOS = {
         "of transformers, prompt by prompt", TINY, ("generate", *AGAINST), of_sides, 5.0
     ),
     "load": Ratio(
-        "of a read of the files",
+        "of a read of the files from the disk",
         ("--preset", "wide"),
-        ("load", "--warm"),
+        ("load",),
         of_bytes("tensors", "raw read"),
         0.9,
     ),
     "convert": Ratio(
         "of the official script's arithmetic, FP4 to FP8",
         ("--preset", "wide"),
-        ("convert", "--to", "fp8", "--scratch", "{folder}/scratch"),
+        ("convert", "--to", "fp8", "--scratch", "{folder}"),
         of_bytes("fp8", "plain"),
         10.0,
     ),

@@ -17,27 +17,18 @@ from typing import Any
 import torch
 
 from v4_ascend.checkpoint.reader import Checkpoint
-from v4_ascend.config.topology import (
-    Cluster,
-    Model,
-    ParallelConfig,
-    Runtime,
-    Serve,
-    Supernode,
-    Topology,
-)
+from v4_ascend.config.topology import ParallelConfig
 from v4_ascend.errors import ConfigError
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.bench import load_transformers
+from v4_ascend.runtime.bench_ranks import plan_here
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.limits import limits_of
 from v4_ascend.runtime.messages import Sampling
 from v4_ascend.runtime.scheduler import Scheduler
 from v4_ascend.runtime.sequence import Request
-from v4_ascend.supernode.planning import deploy_plan
 
 OURS = "v4-ascend, cpu"
-CHUNK = 2048  # prompt tokens of a step
 GREEDY = Sampling(0.0, 1.0, 0)
 
 Tokens = list[list[int]]  # of each prompt, those drawn
@@ -109,17 +100,16 @@ def bench_generate(
 
 
 def _ours(checkpoint: Checkpoint, work: Generation, prompts: Tokens) -> Callable[[], Tokens]:
-    here = Supernode(name="here", hosts=("localhost",), devices_per_host=1)
-    topology = Topology(
-        name="bench",
-        cluster=Cluster(device="cpu", supernodes=(here,)),
-        model=Model(checkpoint=str(checkpoint.path.absolute()), name="bench"),
-        serve=Serve(max_model_len=max(work.prompt + work.tokens, 128), concurrency=work.n_prompts),
-        layout=ParallelConfig(),
-        runtime=Runtime(max_chunk=min(2048, work.n_prompts * work.prompt)),
+    plan = plan_here(
+        checkpoint.path,
+        checkpoint.config,
+        ParallelConfig(),
+        length=work.prompt + work.tokens,
+        n_sequences=work.n_prompts,
+        max_chunk=min(2048, work.n_prompts * work.prompt),
     )
     # No prefix is kept: a later round would find the caches of the one before.
-    plan = deploy_plan(topology, checkpoint.config).model_copy(update={"prefix_snapshots": 0})
+    plan = plan.model_copy(update={"prefix_snapshots": 0})
     engine = Engine.load(plan, lambda done, total: None)
     limits = limits_of(plan, checkpoint.config)
 

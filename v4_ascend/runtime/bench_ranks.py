@@ -110,7 +110,14 @@ def bench_ranks(
     speeds = []
     with tempfile.TemporaryDirectory() as name:
         for number, (what, layout) in enumerate(LAYOUTS.items()):
-            plan = _plan(checkpoint, config, layout, PROMPT + n_steps)
+            plan = plan_here(
+                checkpoint,
+                config,
+                layout,
+                length=PROMPT + n_steps,
+                n_sequences=N_SEQUENCES,
+                max_chunk=PROMPT * N_SEQUENCES,
+            )
             n_batches = 2 if layout.pp_size > 1 else 1
             waits = what.endswith("one step at a time")
             case = Case(
@@ -144,15 +151,24 @@ def _simulated(case: Case, seen: list[Seen]) -> tuple[float, ...]:
     return tuple(1 - busy for busy in simulate(pipeline).busy)
 
 
-def _plan(checkpoint: Path, config: ModelConfig, layout: ParallelConfig, length: int) -> Plan:
+def plan_here(
+    checkpoint: Path,
+    config: ModelConfig,
+    layout: ParallelConfig,
+    *,
+    length: int,
+    n_sequences: int,
+    max_chunk: int,
+) -> Plan:
+    """Plan so many sequences of a length for processes of this machine."""
     here = Supernode(name="here", hosts=("localhost",), devices_per_host=layout.world_size)
     topology = Topology(
         name="bench",
         cluster=Cluster(device="cpu", supernodes=(here,)),
         model=Model(checkpoint=str(checkpoint.absolute()), name="bench"),
-        serve=Serve(max_model_len=max(length, 128), concurrency=N_SEQUENCES),
+        serve=Serve(max_model_len=max(length, 128), concurrency=n_sequences),
         layout=layout,
-        runtime=Runtime(max_chunk=PROMPT * N_SEQUENCES),
+        runtime=Runtime(max_chunk=max_chunk),
     )
     return deploy_plan(topology, config)
 
