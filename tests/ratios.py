@@ -54,14 +54,14 @@ RATIOS = {
     ),
     "load": Ratio(
         "of a read of the files from the disk",
-        ("--preset", "wide"),
+        ("--preset", "ascend-slice"),
         ("load",),
         of_bytes("tensors", "raw read"),
         0.9,
     ),
     "convert": Ratio(
         "of the official script's arithmetic, FP4 to FP8",
-        ("--preset", "wide"),
+        ("--preset", "ascend-slice"),
         ("convert", "--to", "fp8", "--scratch", "{folder}"),
         of_bytes("fp8", "plain"),
         10.0,
