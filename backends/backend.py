@@ -34,6 +34,7 @@ class Backend:
             that is here.
         records: the cache formats (kv, index) its kernels read, given the streams' dtype name
             and whether quantisation is simulated; see `ops.records`.
+        watch_compilations: lets a function hear, by name, of each kernel compiled from now on.
         min_page_rows: fewest rows of a cache page its kernels can address.
     """
 
@@ -45,6 +46,7 @@ class Backend:
     chips: tuple[str, ...] = ()
     use_chip: Callable[[str | None], None] = _no_chips
     records: Callable[[str, bool], tuple[str, str]] = lambda dtype, quant_sim: (dtype, dtype)
+    watch_compilations: Callable[[Callable[[str], None]], None] = lambda tell: None
     min_page_rows: int = 1
 
     def require(self) -> None:

@@ -12,6 +12,7 @@ from v4_ascend.config.devices import DeviceProfile, device_profile
 from v4_ascend.config.private import write_private
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError
+from v4_ascend.supernode.capture import default_sizes, why_no_graphs
 from v4_ascend.supernode.experts import LayerPlacement
 
 Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
@@ -66,6 +67,7 @@ class Plan(_Frozen):
     max_chunk: int
     cache_tokens: int | None = None
     prefix_snapshots: int = 16
+    capture_sizes: tuple[int, ...] = ()
     n_draft_tokens: int = 0
     min_draft_confidence: float = 0.3
     dtype: Literal["fp32", "bf16"] | None
@@ -137,7 +139,11 @@ def plan_of(
     role: Role = "both",
     placement: tuple[LayerPlacement, ...] | None = None,
 ) -> Plan:
-    """Join a layout and its ranks with what the topology says about serving."""
+    """Join a layout and its ranks with what the topology says about serving.
+
+    Raises:
+        ConfigError: steps are to be captured that cannot be.
+    """
     t, serve = topology, topology.serve
     if profile is None:
         profile = device_profile(t.cluster.device, t.where("cluster.device"))
@@ -161,6 +167,7 @@ def plan_of(
         max_batch_size=serve.concurrency,
         max_chunk=min(t.runtime.max_chunk, serve.max_model_len),
         cache_tokens=serve.cache_tokens,
+        capture_sizes=_capture_sizes(t, parallel, profile, of_device),
         prefix_snapshots=serve.prefix_snapshots,
         n_draft_tokens=serve.n_draft_tokens,
         min_draft_confidence=serve.min_draft_confidence,
@@ -173,3 +180,20 @@ def plan_of(
         max_body_bytes=serve.max_body_bytes,
         cors_origins=serve.cors_origins,
     )
+
+
+def _capture_sizes(
+    t: Topology, parallel: ParallelConfig, profile: DeviceProfile, backend: str
+) -> tuple[int, ...]:
+    asked, where = t.runtime.capture_sizes, t.where("runtime.capture_sizes")
+    n_slots = -(-t.serve.concurrency // parallel.dp_size)
+    why = why_no_graphs(t, parallel, backend, emulated=profile.emulated)
+    if asked == "auto":
+        return () if why else default_sizes(n_slots)
+    if asked and why:
+        raise ConfigError(where, f"{list(asked)}: {why}; leave it out, or give []")
+    if list(asked) != sorted(set(asked)):
+        raise ConfigError(where, f"{list(asked)} must ascend")
+    if asked and asked[-1] > n_slots:
+        raise ConfigError(where, f"{asked[-1]} sequences, each DP group serves {n_slots}")
+    return asked

@@ -12,6 +12,7 @@ import torch
 
 from v4_ascend.backends.backend import Backend, Proof
 from v4_ascend.backends.cuda import kernels as kernels
+from v4_ascend.backends.triton.registry import watch_compilations
 from v4_ascend.errors import ConfigError
 
 
@@ -58,6 +59,7 @@ CUDA = Backend(
     proof=_proof,
     use_chip=_use_chip,
     records=_records,
+    watch_compilations=watch_compilations,
     missing={
         "int8_act_quant": _INT8,
         "int8_gemm": _INT8,

@@ -9,7 +9,7 @@ import torch
 
 from v4_ascend.backends import prepared
 from v4_ascend.backends.triton.limits import INDEX_RECORDS, MAX_BATCH
-from v4_ascend.ops import compress_kv
+from v4_ascend.ops import Group, compress_kv
 from v4_ascend.ops.formats import E8M0, is_mx
 from v4_ascend.ops.gemm import ACT_GROUP
 
@@ -135,10 +135,37 @@ def _why_not_compress(
     return _bf16(x=x)
 
 
+def _why_not_dispatch(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    n_experts: int,
+    group: Group,
+    fp8: bool,
+) -> str | None:
+    return _not_alone(group)
+
+
+def _why_not_combine(
+    rows: torch.Tensor, source: torch.Tensor, topk: int, tokens_per_rank: torch.Tensor, group: Group
+) -> str | None:
+    return _not_alone(group)
+
+
+def _not_alone(group: Group) -> str | None:
+    return f"{group.size} ranks: this kernel moves rows on one device" if group.size > 1 else None
+
+
 MODULES: dict[str, dict[str, Any]] = {
     "attention": {"sparse_attn": _why_not_attn},
     "indexer": {"index_topk": None, "index_select": _why_not_select},
     "compress": {"compress_kv": _why_not_compress},
     "hyper_connection": {"hc_pre": _why_not_hc},
     "gemm": {"fp8_gemm": _why_not_fp8, "grouped_gemm": _why_not_grouped},
+    "moe": {
+        "moe_permute": None,
+        "moe_unpermute": None,
+        "moe_dispatch": _why_not_dispatch,
+        "moe_combine": _why_not_combine,
+    },
 }

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from v4_ascend.ops.op import Op
+
+
+def watch_compilations(tell: Callable[[str], None]) -> None:
+    """Let `tell` hear of each kernel compiled from now on, or read compiled from a folder.
+
+    Without triton, or interpreted, none is.
+    """
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    from triton import knobs
+
+    knobs.runtime.jit_post_compile_hook = lambda *, repr, **_facts: tell(repr)
 
 
 @cache

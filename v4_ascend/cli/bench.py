@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from v4_ascend.cli.bench_context import context_command
+from v4_ascend.cli.bench_layer import layer_command
 from v4_ascend.cli.bench_ops import ops_command
 from v4_ascend.cli.bench_plan import plan_command
 from v4_ascend.cli.bench_serve import serve_command
@@ -29,6 +30,7 @@ class Against(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command group to the app."""
     bench.command("context")(context_command)
+    bench.command("layer")(layer_command)
     bench.command("ops")(ops_command)
     bench.command("plan")(plan_command)
     bench.command("serve")(serve_command)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from v4_ascend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from v4_ascend.config.model import ModelConfig
 
 WORK = ("decode:1:8192", "decode:32:8192", "prefill:2048:0")
 
@@ -26,8 +29,6 @@ def ops_command(
 ) -> None:
     """Time each operator of one step against the least its bytes or products take."""
     from v4_ascend.backends import find_backend
-    from v4_ascend.config.model import ModelConfig
-    from v4_ascend.config.presets import preset_names, preset_path
     from v4_ascend.ops import OPS
     from v4_ascend.runtime.bench_ops import (
         COLD_BYTES,
@@ -38,17 +39,13 @@ def ops_command(
     )
     from v4_ascend.runtime.workload import Workload
 
-    path = preset_path(model) if model in preset_names() else Path(model)
-    if not path.is_file():
-        names = ", ".join(preset_names())
-        raise ConfigError("--model", f"{model!r} is neither a preset ({names}) nor a file")
     try:
         steps = {text: Workload.parse(text) for text in work or WORK}
     except ValueError as e:
         raise ConfigError("--work", str(e)) from e
     if op is not None and op not in OPS:
         raise ConfigError("--op", f"no operator {op!r}; there is {', '.join(OPS)}")
-    config, chosen = ModelConfig.read(path), find_backend(backend)
+    config, chosen = config_of(model), find_backend(backend)
     chosen.require()
     if chosen.device() not in COLD_BYTES:
         raise ConfigError(
@@ -86,3 +83,19 @@ def ops_command(
                 f"| {name} | {t.kernel}{how} | {t.seconds * 1e6:,.1f} | {t.floor * 1e6:,.1f} "
                 f"| {t.floor / t.seconds:.0%} |"
             )
+
+
+def config_of(model: str) -> ModelConfig:
+    """Read the configuration of a preset or of a file.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    from v4_ascend.config.model import ModelConfig
+    from v4_ascend.config.presets import preset_names, preset_path
+
+    path = preset_path(model) if model in preset_names() else Path(model)
+    if not path.is_file():
+        names = ", ".join(preset_names())
+        raise ConfigError("--model", f"{model!r} is neither a preset ({names}) nor a file")
+    return ModelConfig.read(path)

@@ -218,7 +218,11 @@ class Serve(Section):
 
 
 class Runtime(Section):
-    """Choices of the serving processes."""
+    """Choices of the serving processes.
+
+    `capture_sizes` are the numbers of sequences whose decode step is captured as a device graph;
+    empty for none.
+    """
 
     backend: Literal["auto", "cpu", "cuda", "ascend", "mindspore"] = "auto"
     fallback: Literal["error", "reference"] = "error"
@@ -226,6 +230,7 @@ class Runtime(Section):
     quant_sim: Literal["auto", "on", "off"] = "auto"
     kernels: Literal["fast", "reference"] = "fast"
     max_chunk: int = Field(default=512, ge=1)
+    capture_sizes: Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...] = "auto"
 
 
 class Container(Section):

@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[str, Scope]] = {
     "max_model_len": ("serve.max_model_len", Scope.ALL),
     "max_batch_size": ("serve.concurrency", Scope.ALL),
     "max_chunk": ("runtime.max_chunk", Scope.ALL),
+    "capture_sizes": ("runtime.capture_sizes", Scope.ALL),
     "cache_tokens": ("serve.cache_tokens", Scope.ALL),
     "prefix_snapshots": ("serve.prefix_snapshots", Scope.ALL),
     "n_draft_tokens": ("serve.n_draft_tokens", Scope.ALL),

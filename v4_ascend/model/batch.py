@@ -97,6 +97,27 @@ def to_device(value: T, device: torch.device | str) -> T:
     return moved
 
 
+def overwrite(target: Any, source: Any) -> None:
+    """Fill the tensors of one step with those of another of the same shapes.
+
+    Raises:
+        ValueError: they have other shapes.
+    """
+    if isinstance(target, torch.Tensor):
+        if target.shape != source.shape:
+            raise ValueError(f"{list(source.shape)} into {list(target.shape)}")
+        target.copy_(source, non_blocking=True)
+    elif isinstance(target, tuple):
+        for t, s in zip(target, source, strict=True):
+            overwrite(t, s)
+    elif isinstance(target, Mapping):
+        for key in target:
+            overwrite(target[key], source[key])
+    elif isinstance(target, (Batch, CompressedRows)):
+        for f in fields(target):
+            overwrite(getattr(target, f.name), getattr(source, f.name))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """One layer's storages; `kv_record` and `index_record` name their row formats.

@@ -81,7 +81,7 @@ def bench_context(
         )
         for number, batch in enumerate(batches):
             fitting = [c for c in sorted(contexts) if not _why_not(config, records, batch, c)]
-            cache = _filled(config, records, batch, max(fitting), backend) if fitting else None
+            cache = filled_cache(config, records, batch, max(fitting), backend) if fitting else None
             for context in sorted(contexts):
                 costs = step_costs(model, records, batch, context)
                 unit: Unit = "fp32" if numerics.dtype == torch.float32 else "bf16"
@@ -141,10 +141,15 @@ def _why_not(config: ModelConfig, records: tuple[str, str], batch: int, context:
     return f"caches of {batch * rows / 1e9:.1f} GB are more than half of the memory"
 
 
-def _filled(
-    config: ModelConfig, records: tuple[str, str], batch: int, longest: int, backend: Backend
+def filled_cache(
+    config: ModelConfig,
+    records: tuple[str, str],
+    batch: int,
+    longest: int,
+    backend: Backend,
+    layers: tuple[int, int] | None = None,
 ) -> KVCache:
-    """Return caches of `batch` sequences, all of their rows seeded."""
+    """Return caches of `batch` sequences, all of their rows seeded; of some layers or of all."""
     kv, index = records
     cache = KVCache(
         config,
@@ -155,7 +160,7 @@ def _filled(
         index_record=index,
         device=backend.device(),
         min_page_rows=backend.min_page_rows,
-        layers=(0, config.n_layers),
+        layers=layers or (0, config.n_layers),
     )
     g = torch.Generator(cache.device).manual_seed(0)
     for layer in cache.layers:

@@ -1,8 +1,9 @@
 """Operators timed one by one on this machine, each beside the least its bytes or products take.
 
-The floor is made of two rates measured in the same run: a copy's bandwidth, bytes read and
-written, and the rate of a large product. On CUDA calls are replayed in a graph, over as many
-sets of inputs as do not fit its L2, so that what counts is the kernel and not its launch.
+The floor is made of rates measured in the same run: a copy's bandwidth, bytes read and written,
+the rate of a large product, and on CUDA the time of a graph's node that does nothing. On CUDA
+calls are replayed in a graph, over as many sets of inputs as do not fit its L2, so that what
+counts is the kernel and not its launch.
 """
 
 from __future__ import annotations
@@ -25,19 +26,26 @@ from v4_ascend.runtime.workload import Maker, Workload
 
 COLD_BYTES = {"cuda": 256 << 20, "cpu": 0}  # of all sets together: four times an H200's L2
 MAX_SETS = 24
+NODES = 200
 REPLAYS = 15  # their median counts
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the machine can do, measured: bytes a second, operations a second by unit."""
+    """What the machine can do, measured: bytes a second, operations a second by unit.
+
+    Attributes:
+        node: seconds of a node of a device graph that does nothing; 0 where calls are timed.
+    """
 
     copy: float
     products: dict[Unit, float]
+    node: float = 0.0
 
     def floor(self, call: Call) -> float:
         """Seconds that no kernel can undercut."""
-        return max(call.nbytes / self.copy, call.operations / self.products[call.unit])
+        products = call.operations / self.products[call.unit]
+        return max(call.nbytes / self.copy, products, self.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,18 @@ def measure_rates(device: str) -> Rates:
         *narrow, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
     )
     fp8 = operations / _time_eager(scaled, device)
-    return Rates(copy, {"fp32": fp32, "bf16": bf16, "fp8": fp8})
+    return Rates(copy, {"fp32": fp32, "bf16": bf16, "fp8": fp8}, _node())
+
+
+def _node() -> float:
+    """Seconds of one of many nodes in a row that add 1 to one number each."""
+    x = torch.zeros(1, device="cuda")
+
+    def run() -> None:
+        for _ in range(NODES):
+            x.add_(1)
+
+    return timed(run, "cuda")[0] / NODES
 
 
 def machine(backend: Backend) -> dict[str, str]:
@@ -137,11 +156,16 @@ def _time(call: Call, rates: Rates, device: str) -> Timing:
         for inputs in sets:
             kernel(**inputs)
 
-    seconds, how = _time_graph(run) if device == "cuda" else (_time_eager(run, device), "call")
+    seconds, how = timed(run, device)
     return Timing(call.op, call.what, name, how, seconds / n_sets, *facts)
 
 
-def _time_graph(run: Callable[[], None]) -> tuple[float, str]:
+def timed(run: Callable[[], Any], device: str) -> tuple[float, str]:
+    """Return the median seconds of a run, and how it was timed: ``graph`` or ``call``."""
+    return _time_graph(run) if device == "cuda" else (_time_eager(run, device), "call")
+
+
+def _time_graph(run: Callable[[], Any]) -> tuple[float, str]:
     run()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

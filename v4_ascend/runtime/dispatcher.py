@@ -249,6 +249,7 @@ class Dispatcher:
 
     def _rank_is_ready(self, rank: RankState, message: Ready) -> None:
         rank.is_ready, rank.resident = True, message.resident_bytes
+        rank.n_graphs = message.n_graphs
         n_ready = sum(r.is_ready for r in self.watch.ranks.values())
         if n_ready < self.plan.parallel.world_size:
             return

@@ -20,6 +20,7 @@ from v4_ascend.model.shard import gathered, rows_of, span_of
 from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.drafter import drafter_of
+from v4_ascend.runtime.graphs import DecodeGraphs, DeviceGraphs, Recorder
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.limits import limits_of
@@ -80,6 +81,7 @@ class Engine:
         )
         first = self.groups.dp_rank * max_batch_size
         dspark = model.config.dspark
+        self.graphs: DecodeGraphs | None = None
         self.targets = Targets(dspark, model.shard.layers) if dspark and n_drafts else None
         self.drafter = drafter_of(model, self.cache, self.targets, first, n_drafts, min_confidence)
 
@@ -144,8 +146,23 @@ class Engine:
         return [block.ffn.load.tolist() for block in self.model.layers]
 
     @torch.inference_mode()
-    def step(self, step: Step) -> StepResult:
+    def capture(self, sizes: Sequence[int], recorder: Recorder | None = None) -> None:
+        """Capture steps that decode so many sequences; `step` replays them from now on.
+
+        No request may have begun: their caches are written to.
+
+        Raises:
+            ParityError: a replayed step is not the step itself.
+        """
+        if sizes:
+            recorder = recorder or DeviceGraphs(self.device)
+            self.graphs = DecodeGraphs(self.model, self.cache, sizes, recorder)
+
+    @torch.inference_mode()
+    def step(self, step: Step, *, may_replay: bool = True) -> StepResult:
         """Run the next tokens of this rank's sequences; draw where one asks for it.
+
+        `may_replay` False calls each operator, of captured steps too.
 
         Ranks that do not draw return no tokens. A draft that is drawn itself lets what is drawn
         behind it count too: the same tokens as without, as a drawn token depends on logits, seed
@@ -164,8 +181,15 @@ class Engine:
         if step.drafts and self.drafter is None and self.model.head is not None:
             raise ValueError("the model was read without its drafter")
         chunks = [Chunk(s.slot - first, s.token_ids, s.start) for s in mine]
-        batch, streams = self._forward(chunks, targets=self.targets if step.drafts else None)
-        drawn = self._draw(mine, batch, streams) if batch is not None else []
+        replayed = None
+        if self.graphs is not None and mine and may_replay and not step.drafts:
+            replayed = self.graphs.streams(chunks)
+        batch = None
+        if replayed is not None:
+            streams = self._finite(replayed)
+        else:
+            batch, streams = self._forward(chunks, targets=self.targets if step.drafts else None)
+        drawn = self._draw(mine, streams) if mine else []
         if step.drafts and self.drafter is not None:
             guesses = self.drafter(mine, drawn, batch, streams)
             for tokens, ids in zip([t for t in drawn if t], guesses, strict=self.answers):
@@ -176,17 +200,16 @@ class Engine:
                 self.cache.save(s.slot - first, n_tokens, s.save)
         return StepResult(step.number, [d for of_sequence in drawn for d in of_sequence])
 
-    def _draw(
-        self, mine: Sequence[SequenceStep], batch: Batch, streams: torch.Tensor
-    ) -> list[list[Sampled]]:
+    def _draw(self, mine: Sequence[SequenceStep], streams: torch.Tensor) -> list[list[Sampled]]:
         """Return what each sequence has drawn here: a token, and one more for each right draft."""
         drawn: list[list[Sampled]] = [[] for _ in mine]
         if self.model.head is None:
             return drawn
         if self.answers:
             self.sampler.take(mine)
-        wanted, rows = [], []
-        for i, (s, stop) in enumerate(zip(mine, batch.cu_seqlens[1:].tolist(), strict=True)):
+        wanted, rows, stop = [], [], 0
+        for i, s in enumerate(mine):
+            stop += len(s.token_ids)
             if s.sampling is None:
                 continue
             for n_behind in range(s.n_drafts, -1, -1):
@@ -195,7 +218,7 @@ class Engine:
                 rows.append(stop - 1 - n_behind)
         if not wanted:
             return drawn
-        streams = rows_of(streams, rows, batch.n_tokens, self.model.shard.cp)
+        streams = rows_of(streams, rows, stop, self.model.shard.cp)
         if self.groups.cp.rank:
             return drawn
         logits = self.model.logits(streams)
@@ -244,15 +267,19 @@ class Engine:
                 streams = targets.unpacked(streams)
         if targets is not None:
             observe = targets.observe
-        x = model(batch, self.cache.layers, observe, streams=streams)
-        if not bool(x.isfinite().all()):
-            raise ParityError(
-                f"rank {groups.rank}: step {groups.flight.step}: layers {model.shard.layers[0]} to "
-                f"{model.shard.layers[1] - 1} made values that are not finite"
-            )
+        x = self._finite(model(batch, self.cache.layers, observe, streams=streams))
         if groups.following is not None:
             self._send(targets.packed(x) if targets is not None else x)
         return batch, x
+
+    def _finite(self, x: torch.Tensor) -> torch.Tensor:
+        first, end = self.model.shard.layers
+        if not bool(x.isfinite().all()):
+            raise ParityError(
+                f"rank {self.groups.rank}: step {self.groups.flight.step}: layers {first} to "
+                f"{end - 1} made values that are not finite"
+            )
+        return x
 
     def _send(self, x: torch.Tensor) -> None:
         """Send streams, and let go of those that have arrived; gloo says it only to who waits."""

@@ -154,7 +154,15 @@ class KVCache:
         return blocks.flatten(1)
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
-        """Lay out one step: computed on the host, then copied to the device.
+        """Lay out one step on the device.
+
+        Raises: as `layout`.
+        """
+        batch = self.layout(chunks)
+        return batch if self.device.type == "cpu" else to_device(batch, self.device)
+
+    def layout(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay out one step on the host.
 
         Raises:
             ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
@@ -174,7 +182,7 @@ class KVCache:
         ring = self._rings[slots]
         swa, compress = self._freqs
         block = ring[request, position // BLOCK_TOKENS].long()
-        batch = Batch(
+        return Batch(
             input_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
             seq_lens=seq_lens,
             cu_seqlens=cu_seqlens,
@@ -188,7 +196,6 @@ class KVCache:
                 for ratio in sorted(set(self.config.compress_ratios) - {0})
             },
         )
-        return batch if self.device.type == "cpu" else to_device(batch, self.device)
 
     def block(
         self, slots: Sequence[int], starts: Sequence[int], ids: Sequence[Sequence[int]]

@@ -91,7 +91,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
     `waiting` is the exchange it is in, if it is in one. What it has sent and waited for is by
     group, since it met the others. `operator` is the one it called last, `dispatch` the rows and
-    choices its last dispatch was given.
+    choices its last dispatch was given. `n_compiled` kernels were compiled since it was ready.
     """
 
     step: int
@@ -101,6 +101,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     waited_s: dict[str, float] = {}
     operator: str | None = None
     dispatch: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    n_compiled: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
@@ -150,11 +151,12 @@ class Loading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Rank to front: loaded and checked, with so many bytes of weights."""
+    """Rank to front: loaded and checked, with so many bytes of weights and so many graphs."""
 
     canary: str
     median_relative_error: float
     resident_bytes: int
+    n_graphs: int = 0
 
 
 class StepResult(msgspec.Struct, frozen=True, tag=True):

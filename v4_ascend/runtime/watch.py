@@ -34,6 +34,7 @@ class RankState:
     loaded: int = 0
     total: int = 0
     resident: int = 0
+    n_graphs: int = 0
     is_ready: bool = False
     heard: float = 0.0
     moved: float = 0.0

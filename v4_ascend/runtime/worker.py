@@ -19,6 +19,7 @@ from v4_ascend.model.resident import resident_bytes
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime.canary import canary
 from v4_ascend.runtime.comm import joined
+from v4_ascend.runtime.compilations import Compilations
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import FRONT, Flight
 from v4_ascend.runtime.link import Address, RankLink, is_alive
@@ -86,8 +87,9 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
             link.send(Loading(done, total))
 
     device = _device(plan, rank)
-    flight = Flight()
-    Thread(target=_beat, args=(address, rank, flight), daemon=True).start()
+    flight, compilations = Flight(), Compilations(rank)
+    beating = Thread(target=_beat, args=(address, rank, flight, compilations), daemon=True)
+    beating.start()
     match link.receive():
         case Start(attempt):
             pass
@@ -97,13 +99,16 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
     with met as groups, use_policy(around=flight.called):
         engine = Engine.load(plan, progress, groups)
         report = canary(engine, plan)
+        engine.capture(plan.capture_sizes)
         resident = resident_bytes(engine.model)
-        link.send(Ready(report.kind, report.median_relative_error, resident))
+        graphs = len(engine.graphs or ())
+        link.send(Ready(report.kind, report.median_relative_error, resident, graphs))
+        find_backend(plan.backend, "plan.backend").watch_compilations(compilations.add)
         counted = time.monotonic()
         while isinstance(step := _next(link, flight), Step):
             if groups.is_first_of_stage and is_timed(step):
                 with timed(step, device, flight) as times:
-                    result = engine.step(step)
+                    result = engine.step(step, may_replay=False)
             else:
                 result, times = engine.step(step), []
             if engine.answers:
@@ -130,7 +135,7 @@ def _device(plan: Plan, rank: int) -> torch.device:
     return torch.device(device.type, index)
 
 
-def _beat(address: Address, rank: int, flight: Flight) -> None:
+def _beat(address: Address, rank: int, flight: Flight, compilations: Compilations) -> None:
     link = RankLink(address, rank, is_heartbeat=True)
     while is_alive(address.followed_pid):
         beat = Beat(
@@ -141,6 +146,7 @@ def _beat(address: Address, rank: int, flight: Flight) -> None:
             dict(flight.waited_s),
             flight.operator,
             flight.dispatch,
+            compilations.n,
         )
         link.send(beat)
         match link.poll(BEAT_SECONDS):

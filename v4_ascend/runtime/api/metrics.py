@@ -146,15 +146,18 @@ class _State(Collector):
             ("v4_ascend_ranks_ready", "loaded and checked", sum(r.is_ready for r in ranks)),
             ("v4_ascend_loaded_bytes", "read of the checkpoint", sum(r.loaded for r in ranks)),
             ("v4_ascend_resident_bytes", "of weights on ranks", sum(r.resident for r in ranks)),
+            ("v4_ascend_graphs", "captured decode steps", sum(r.n_graphs for r in ranks)),
         ):
             gauge = GaugeMetricFamily(name, what, labels=LABELS)
             gauge.add_metric(model, value)
             yield gauge
         counted = d.scheduler.counters
+        n_compiled = sum(r.beat.n_compiled for r in ranks if r.beat is not None)
         for name, what, value in (
             ("vllm:prefix_cache_queries", "prompt tokens looked for", counted.prompt_tokens),
             ("vllm:prefix_cache_hits", "prompt tokens found", counted.cached_tokens),
             ("vllm:num_preemptions", "requests sent back for want of pages", counted.preempted),
+            ("v4_ascend_compilations", "kernels compiled while serving", n_compiled),
             ("vllm:spec_decode_num_drafts", "times some were guessed", counted.drafts),
             ("vllm:spec_decode_num_draft_tokens", "guessed", counted.drafted),
             ("vllm:spec_decode_num_accepted_tokens", "guessed right", counted.accepted),

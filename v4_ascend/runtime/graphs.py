@@ -1,0 +1,125 @@
+"""Decode steps captured once and replayed: one launch in place of some forty a layer.
+
+Everything a step depends on is in tensors of a fixed place, which a new step overwrites. What a
+graph cannot see is its shape: one is captured for each size, and a step of fewer sequences
+repeats its first ones, whose rows are computed and written twice alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from v4_ascend.errors import ParityError
+from v4_ascend.model.batch import Batch, overwrite
+from v4_ascend.model.transformer import Transformer
+from v4_ascend.runtime.kv_cache import Chunk, KVCache
+from v4_ascend.supernode.capture import padded_size
+
+WARM_UPS = 2  # runs before a capture: kernels compile, libraries choose theirs
+
+
+class Recorder(Protocol):
+    """A device's way to record what a function launches."""
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Record a run; return its result's place, and what fills it again."""
+        ...
+
+
+class DeviceGraphs:
+    """CUDA graphs, or on an NPU the vendor's: torch_npu has the same interface.
+
+    All share one pool of memory, as only one of them runs at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._module: Any = torch.get_device_module(device)
+        self._graph: type[Any] = getattr(self._module, f"{device.type.upper()}Graph")
+        self._pool = self._module.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Record a run on a stream of its own."""
+        graph = self._graph()
+        with self._module.graph(graph, pool=self._pool):
+            result = run()
+        return result, graph.replay
+
+
+@dataclass(frozen=True)
+class _Captured:
+    batch: Batch
+    streams: torch.Tensor
+    replay: Callable[[], None]
+
+
+class DecodeGraphs:
+    """The captured steps of one rank: of sequences with one token each.
+
+    `sizes` ascend. Of a model with an indexer there are two graphs of a size: whether it is asked
+    depends on the longest sequence.
+    """
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, sizes: Sequence[int], recorder: Recorder
+    ) -> None:
+        self._model, self._cache, self._sizes = model, cache, tuple(sizes)
+        self._captured: dict[tuple[int, bool], _Captured] = {}
+        config = model.config
+        has_indexer = 4 in config.compress_ratios
+        may_ask = has_indexer and cache.max_model_len // 4 > config.index_topk
+        for size in reversed(self._sizes):  # the largest first: smaller ones fit its memory
+            for is_asked in (False, True) if may_ask else (False,):
+                self._captured[size, is_asked] = self._capture(size, recorder, is_asked=is_asked)
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def streams(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """Run a step; None if it is not one that is captured.
+
+        Shapes: return [len(chunks), hc_mult, dim], overwritten by the next step
+        """
+        n = len(chunks)
+        size = padded_size(self._sizes, n)
+        if size is None or any(len(c.token_ids) != 1 for c in chunks):
+            return None
+        repeated = [chunks[i % n] for i in range(size)]
+        batch = self._cache.layout(repeated)
+        csa = batch.compressed.get(4)
+        is_asked = csa is not None and csa.max_visible > self._model.config.index_topk
+        captured = self._captured[size, is_asked]
+        overwrite(captured.batch, batch)
+        captured.replay()
+        return captured.streams[:n]
+
+    def _capture(self, size: int, recorder: Recorder, *, is_asked: bool) -> _Captured:
+        """Record a step of `size` sequences; another one, replayed, must be the step itself.
+
+        Raises:
+            ParityError: it is not, bit for bit: something the step depends on is not in its batch.
+        """
+        first = (self._model.config.index_topk + 1) * 4 - 1 if is_asked else 0
+        recorded = [Chunk(slot, [0], first) for slot in range(size)]
+        second = min(first + 1, self._cache.max_model_len - 1)
+        other = [Chunk(slot, [1], second) for slot in reversed(range(size))]
+        for _ in range(WARM_UPS):
+            self._run(self._cache.batch(recorded))
+        expected = self._run(self._cache.batch(other)).clone()
+        batch = self._cache.batch(recorded)  # a new one: nothing is kept of its tensors yet
+        streams, replay = recorder(partial(self._run, batch))
+        overwrite(batch, self._cache.layout(other))
+        replay()
+        if not torch.equal(streams, expected):
+            worst = float((streams.float() - expected.float()).abs().max())
+            raise ParityError(
+                f"a captured step of {size} sequences differs from the step itself by {worst:.3g}"
+            )
+        return _Captured(batch, streams, replay)
+
+    def _run(self, batch: Batch) -> torch.Tensor:
+        return self._model(batch, self._cache.layers)
