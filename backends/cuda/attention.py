@@ -41,43 +41,56 @@ def _places(slot, block_rows, RECORD: tl.constexpr):
 
 
 @triton.jit
-def _group(storage, pairs, at, is_row, GROUP: tl.constexpr, RECORD: tl.constexpr):
+def _scales(words, at, is_row, RECORD: tl.constexpr):
+    """The seven scales of each row in two integers: one wait for all of them."""
+    low, high = at[0].to(tl.int32) * 0, at[0].to(tl.int32) * 0
+    if RECORD != 0:
+        low = tl.load(words + at[1] // 4, is_row, 0)
+        high = tl.load(words + at[1] // 4 + 1, is_row, 0)
+    return low, high
+
+
+@triton.jit
+def _group(storage, pairs, at, scales, is_row, GROUP: tl.constexpr, RECORD: tl.constexpr):
     """64 channels of rows, [n, 64] in bf16, which holds FP8 times a power of two exactly."""
-    data, tail, pair = at
+    data, _tail, pair = at
     channel = GROUP * 64 + tl.arange(0, 64)[None, :]
     if RECORD == 0 or GROUP == 7:
         rows = tl.load(pairs + pair[:, None] + channel, is_row[:, None], 0.0)
     else:
         byte = tl.load(storage + data[:, None] + channel, is_row[:, None], 0)
-        scale = e8m0_to_float(tl.load(storage + tail + GROUP, is_row, 0))
+        scale = e8m0_to_float((scales[GROUP // 4] >> (8 * (GROUP % 4))) & 255)
         value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         rows = (value * scale[:, None]).to(tl.bfloat16)
     return rows
 
 
 @triton.jit
-def _attend(storage, pairs, slot, block_rows, is_visible, q, state, scale, RECORD: tl.constexpr):
+def _attend(
+    storage, pairs, words, slot, block_rows, is_visible, q, state, scale, RECORD: tl.constexpr
+):
     """Add rows to the running softmax; exponents are of base 2, `scale` has log2(e) in it.
 
     By groups of channels: a whole row and all sums at once have no room in registers.
     """
     top, total, a0, a1, a2, a3, a4, a5, a6, a7 = state
     at = _places(slot, block_rows, RECORD)
-    k0 = _group(storage, pairs, at, is_visible, 0, RECORD)
+    scales = _scales(words, at, is_visible, RECORD)
+    k0 = _group(storage, pairs, at, scales, is_visible, 0, RECORD)
     scores = tl.dot(q[0], tl.trans(k0))
-    k1 = _group(storage, pairs, at, is_visible, 1, RECORD)
+    k1 = _group(storage, pairs, at, scales, is_visible, 1, RECORD)
     scores = tl.dot(q[1], tl.trans(k1), scores)
-    k2 = _group(storage, pairs, at, is_visible, 2, RECORD)
+    k2 = _group(storage, pairs, at, scales, is_visible, 2, RECORD)
     scores = tl.dot(q[2], tl.trans(k2), scores)
-    k3 = _group(storage, pairs, at, is_visible, 3, RECORD)
+    k3 = _group(storage, pairs, at, scales, is_visible, 3, RECORD)
     scores = tl.dot(q[3], tl.trans(k3), scores)
-    k4 = _group(storage, pairs, at, is_visible, 4, RECORD)
+    k4 = _group(storage, pairs, at, scales, is_visible, 4, RECORD)
     scores = tl.dot(q[4], tl.trans(k4), scores)
-    k5 = _group(storage, pairs, at, is_visible, 5, RECORD)
+    k5 = _group(storage, pairs, at, scales, is_visible, 5, RECORD)
     scores = tl.dot(q[5], tl.trans(k5), scores)
-    k6 = _group(storage, pairs, at, is_visible, 6, RECORD)
+    k6 = _group(storage, pairs, at, scales, is_visible, 6, RECORD)
     scores = tl.dot(q[6], tl.trans(k6), scores)
-    k7 = _group(storage, pairs, at, is_visible, 7, RECORD)
+    k7 = _group(storage, pairs, at, scales, is_visible, 7, RECORD)
     scores = tl.dot(q[7], tl.trans(k7), scores) * scale
     scores = tl.where(is_visible[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -99,8 +112,23 @@ def _attend(storage, pairs, slot, block_rows, is_visible, q, state, scale, RECOR
 
 
 @triton.jit
+def _chosen(
+    indices, table, token, request, tile, seen, end, topk, table_blocks, table_rows,
+    HAS_INDICES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Slots of a tile of compressed rows, and which of them there are."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    is_visible = row < end
+    if HAS_INDICES:
+        row = tl.load(indices + token * topk + row, is_visible, -1)
+        is_visible = (row >= 0) & (row < seen)
+    return slots_of(table, request, row, is_visible, table_blocks, table_rows), is_visible
+
+
+@triton.jit
 def _sparse_attn(
-    q, window, window_pairs, window_table, rows, row_pairs, table, indices, sink, out,
+    q, window, window_pairs, window_words, window_table,
+    rows, row_pairs, row_words, table, indices, sink, out,
     part_out, part_top, part_total, seq_lens, cu_seqlens,
     n_tokens, batch, n_heads, scale, window_size, ratio, topk, parts,
     window_blocks, window_rows, table_blocks, table_rows,
@@ -136,24 +164,36 @@ def _sparse_attn(
     tiles = near + (end + ROWS - 1) // ROWS
     share = (tiles + parts - 1) // parts
     mine, mine_end = part * share, tl.minimum((part + 1) * share, tiles)
-    for tile in range(mine, tl.minimum(mine_end, near)):
-        row = first + tile * ROWS + each
-        is_visible = row <= position
-        slot = slots_of(window_table, request, row, is_visible, window_blocks, window_rows)
+    # Where a tile's rows are is looked up a tile ahead: two waits that nothing else would hide.
+    last = tl.minimum(mine_end, near)
+    row = first + mine * ROWS + each
+    is_visible = row <= position
+    slot = slots_of(window_table, request, row, is_visible, window_blocks, window_rows)
+    for tile in range(mine, last):
+        row = first + (tile + 1) * ROWS + each
+        is_next = row <= position
+        next_slot = slots_of(window_table, request, row, is_next, window_blocks, window_rows)
         state = _attend(
-            window, window_pairs, slot, window_rows, is_visible, queries, state, scale, RECORD
+            *(window, window_pairs, window_words, slot, window_rows, is_visible),
+            *(queries, state, scale, RECORD),
         )
+        slot, is_visible = next_slot, is_next
     if HAS_ROWS:
-        for tile in range(tl.maximum(mine, near), mine_end):
-            row = (tile - near) * ROWS + each
-            is_visible = row < end
-            if HAS_INDICES:
-                row = tl.load(indices + token * topk + row, is_visible, -1)
-                is_visible = (row >= 0) & (row < seen)
-            slot = slots_of(table, request, row, is_visible, table_blocks, table_rows)
+        mine = tl.maximum(mine, near)
+        slot, is_visible = _chosen(
+            indices, table, token, request, mine - near, seen, end, topk, table_blocks, table_rows,
+            HAS_INDICES, ROWS,
+        )  # fmt: skip
+        for tile in range(mine, mine_end):
+            next_slot, is_next = _chosen(
+                indices, table, token, request, tile + 1 - near, seen, end, topk, table_blocks,
+                table_rows, HAS_INDICES, ROWS,
+            )  # fmt: skip
             state = _attend(
-                rows, row_pairs, slot, table_rows, is_visible, queries, state, scale, RECORD
+                *(rows, row_pairs, row_words, slot, table_rows, is_visible),
+                *(queries, state, scale, RECORD),
             )
+            slot, is_visible = next_slot, is_next
     top, total = state[0], state[1]
     if PARTS:
         place = (part * n_tokens + token) * n_heads + head
@@ -230,7 +270,8 @@ def sparse_attn(
     part_top, part_total = torch.empty(2, *size, device=q.device)
     part_out = torch.empty(*size, DIM, device=q.device) if parts > 1 else part_top
     _sparse_attn[(n_tokens, blocks, parts)](
-        *(q, window, _pairs(window), near, rows, _pairs(rows), far, chosen, sink, out),
+        *(q, window, window.view(torch.bfloat16), window.view(torch.int32), near),
+        *(rows, rows.view(torch.bfloat16), rows.view(torch.int32), far, chosen, sink, out),
         *(part_out, part_top, part_total, seq_lens, cu_seqlens),
         *(n_tokens, len(seq_lens), n_heads, softmax_scale * 1.4426950408889634),
         *(window_size, ratio, topk, parts),
@@ -238,7 +279,8 @@ def sparse_attn(
         *(has_rows, indices is not None, PAGED[record], parts > 1),
         *(triton.next_power_of_2(len(seq_lens)), HEADS, ROWS),
         num_warps=8,
-        num_stages=2,
+        # Rows a tile ahead of the products; of bf16 rows two tiles have no room.
+        num_stages=2 if record == "bf16" else 3,
     )
     if parts > 1:
         _join[(n_tokens, n_heads)](
@@ -255,7 +297,3 @@ def _parts(programs: int, window_size: int, n_rows: int, processors: int) -> int
     """
     tiles = triton.cdiv(window_size, ROWS) + triton.cdiv(n_rows, ROWS)
     return max(1, min(processors // programs, tiles, MAX_PARTS))
-
-
-def _pairs(storage: torch.Tensor) -> torch.Tensor:
-    return storage.view(torch.bfloat16)

@@ -14,7 +14,17 @@ from v4_ascend.backends.cuda.device import n_processors
 from v4_ascend.backends.triton.quant import e8m0_to_float
 
 DEPTH = 128  # channels of one activation scale, and of a step
-FP4, BF16 = tl.constexpr("e2m1"), tl.constexpr("bf16")
+# Nibbles s e e m of four bytes to bytes s 0 0 e e m 0 0: low ones into $0, high ones into $1.
+FOUR_PAIRS = tl.constexpr("""{
+.reg .b32 sign, rest;
+shl.b32 sign, $2, 4;
+and.b32 sign, sign, 0x80808080;
+shl.b32 rest, $2, 2;
+lop3.b32 $0, rest, 0x1C1C1C1C, sign, 0xEA;
+and.b32 sign, $2, 0x80808080;
+shr.u32 rest, $2, 2;
+lop3.b32 $1, rest, 0x1C1C1C1C, sign, 0xEA;
+}""")
 
 
 @triton.jit
@@ -35,14 +45,21 @@ def _fp8_gemm(
     x_at = a + row.to(tl.int64)[None, :] * k + each[:, None]
     w_at = b + col.to(tl.int64)[:, None] * k + each[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
+    x_scale_at = a_scale + row * (k // BK)
+    scale_at = b_scale + tl.program_id(1) * BN // 128 * scale_cols
+    x_scale, scale = tl.load(x_scale_at + first, is_row, 0), tl.load(scale_at + first)
     for step in range(first, last):
+        ahead = tl.minimum(step + 1, last - 1)
+        next_x_scale, next_scale = tl.load(x_scale_at + ahead, is_row, 0), tl.load(scale_at + ahead)
         w = tl.load(w_at + step * BK, is_col[:, None], 0.0)
         x = tl.load(x_at + step * BK, is_row[None, :], 0.0)
-        x_scale = e8m0_to_float(tl.load(a_scale + row * (k // BK) + step, is_row, 0))
-        scale = tl.load(b_scale + tl.program_id(1) * BN // 128 * scale_cols + step)
+        both = e8m0_to_float(x_scale)
         if IS_E8M0:
-            scale = e8m0_to_float(scale)
-        acc += tl.dot(w, x) * (x_scale * scale)[None, :]
+            both *= e8m0_to_float(scale)
+        else:
+            both *= scale
+        acc += tl.dot(w, x) * both[None, :]
+        x_scale, scale = next_x_scale, next_scale
     at = out + (tl.program_id(2) * m + row.to(tl.int64)[None, :]) * n + col[:, None]
     tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
 
@@ -127,24 +144,41 @@ def _map_tiles(group_sizes, tile_expert, tile_row, tile_end, n_experts, n_tiles,
 
 
 @triton.jit
-def _widen(x, x_scale, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
-    """FP8 times its power of two, exact in bf16."""
+def _part_pairs(x, out, n_groups, GROUPS: tl.constexpr):
+    """Of each 32 channels the even ones first, then the odd: as FP4 pairs come out of bytes."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    mask = group < n_groups
-    at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    scale = e8m0_to_float(tl.load(x_scale + group, mask, 0))
-    wide = tl.load(x + at, mask[:, None], 0.0).to(tl.float32) * scale[:, None]
-    tl.store(out + at, wide.to(tl.bfloat16), mask[:, None])
+    each = tl.arange(0, 32)
+    mask = (group < n_groups)[:, None]
+    byte = tl.load(x + group[:, None] * 32 + each[None, :], mask, 0)
+    even, odd = byte.reshape(GROUPS, 16, 2).split()
+    both = tl.join(even, odd).permute(0, 2, 1).reshape(GROUPS, 32)
+    tl.store(out + group[:, None] * 32 + each[None, :], both, mask)
+
+
+@triton.jit
+def _fp4_to_fp8(pairs, ROWS: tl.constexpr):
+    """Bytes [ROWS, 16] of FP4 pairs to E4M3 [ROWS, 32], even channels first; 64 times too small.
+
+    Sign, exponent and mantissa bits of E2M1 are those of E4M3 with another bias, subnormal
+    values too: four bytes at once need seven instructions.
+    """
+    even, odd = tl.inline_asm_elementwise(
+        FOUR_PAIRS, "=r,=r,r", [pairs], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+    )
+    both = tl.join(even, odd).permute(0, 2, 1).reshape(ROWS, 32)
+    return both.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
 def _grouped_fp4(
-    x, weight, weight_scale, out, tile_expert, tile_row, tile_end, n, k,
-    IS_LEFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, weight, weight_scale, out, tile_expert, tile_row, tile_end, n, k,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Tile of one expert's product; IS_LEFT: its transpose, with the weight on the left.
+    """Tile [BN, BM] of the transpose of one expert's product; `x` as `_part_pairs` leaves it.
 
-    A weight times its scale is exact in bf16.
+    Products of 32 channels, which have one scale of the weight, are summed in the tensor core;
+    four of them have one scale of `x`. Scales are loaded a step ahead: nothing else would hide
+    how long they take.
     """
     tile = tl.program_id(1)
     begin, end = tl.load(tile_row + tile), tl.load(tile_end + tile)
@@ -154,34 +188,33 @@ def _grouped_fp4(
         col = tl.program_id(0) * BN + tl.arange(0, BN)
         is_row, is_col = row < end, col < n
         b_row = expert * n + col
-        each, half, group = tl.arange(0, BK), tl.arange(0, BK // 2), tl.arange(0, BK // 32)
-        w_at = weight + b_row[:, None] * (k // 2) + half[None, :]
-        s_at = weight_scale + b_row[:, None] * (k // 32) + group[None, :]
-        if IS_LEFT:
-            x_at = x + row.to(tl.int64)[None, :] * k + each[:, None]
-            acc = tl.zeros((BN, BM), tl.float32)
-            for step in range(0, k // BK):
-                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
-                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
-                rows = tl.load(x_at + step * BK, is_row[None, :], 0.0)
-                acc = tl.dot_scaled(w, scale, FP4, rows, None, BF16, acc, fast_math=True)
-            at = out + row.to(tl.int64)[None, :] * n + col[:, None]
-            tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
-        else:
-            x_at = x + row.to(tl.int64)[:, None] * k + each[None, :]
-            acc = tl.zeros((BM, BN), tl.float32)
-            for step in range(0, k // BK):
-                w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
-                scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
-                rows = tl.load(x_at + step * BK, is_row[:, None], 0.0)
-                acc = tl.dot_scaled(rows, None, BF16, tl.trans(w), scale, FP4, acc, fast_math=True)
-            at = out + row.to(tl.int64)[:, None] * n + col[None, :]
-            tl.store(at, acc.to(out.dtype.element_ty), is_row[:, None] & is_col[None, :])
+        byte, each = tl.arange(0, 16), tl.arange(0, 32)
+        w_at = weight + b_row[:, None] * (k // 2) + byte[None, :]
+        s_at = weight_scale + b_row * (k // 128)  # four in an integer
+        x_at = x + row.to(tl.int64)[None, :] * k + each[:, None]
+        x_scale_at = x_scale + row.to(tl.int64) * (k // 128)
+        acc = tl.zeros((BN, BM), tl.float32)
+        steps = k // 128
+        scales, x_scales = tl.load(s_at, is_col, 0), tl.load(x_scale_at, is_row, 0)
+        for step in range(0, steps):
+            has_next = step + 1 < steps
+            next_scales = tl.load(s_at + step + 1, is_col & has_next, 0)
+            next_x_scales = tl.load(x_scale_at + step + 1, is_row & has_next, 0)
+            some = tl.zeros((BN, BM), tl.float32)
+            for group in tl.static_range(4):
+                pairs = tl.load(w_at + step * 64 + group * 16, is_col[:, None], 0)
+                rows = tl.load(x_at + step * 128 + group * 32, is_row[None, :], 0.0)
+                scale = e8m0_to_float((scales >> (8 * group)) & 255)
+                some += tl.dot(_fp4_to_fp8(pairs, BN), rows) * scale[:, None]
+            acc += some * (e8m0_to_float(x_scales) * 64.0)[None, :]
+            scales, x_scales = next_scales, next_x_scales
+        at = out + row.to(tl.int64)[None, :] * n + col[:, None]
+        tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
 
 
-def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int, bool]:
-    """Return a tile's rows, columns and depth, its warps, and whether weights are on the left."""
-    return (16, 64, 64, 2, True) if n_rows <= 16 * n_experts else (128, 128, 32, 8, False)
+def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int]:
+    """Return a tile's rows and columns, its warps, and the stages of its loads."""
+    return (16, 128, 4, 3) if n_rows <= 16 * n_experts else (64, 128, 8, 3)
 
 
 def grouped_gemm(
@@ -199,11 +232,11 @@ def grouped_gemm(
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if not m:
         return out
-    bm, bn, bk, warps, is_left = _tile(m, n_experts)
-    wide = torch.empty(m, k, dtype=torch.bfloat16, device=x.device)
-    n_groups, groups = m * k // DEPTH, 16
-    _widen[(triton.cdiv(n_groups, groups),)](
-        x.contiguous(), x_scale.contiguous().view(torch.uint8), wide, n_groups, groups, DEPTH
+    bm, bn, warps, stages = _tile(m, n_experts)
+    parted = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n_groups, groups = m * k // 32, 64
+    _part_pairs[(triton.cdiv(n_groups, groups),)](
+        x.contiguous().view(torch.uint8), parted.view(torch.uint8), n_groups, groups
     )
     n_tiles = min(m, m // bm + n_experts)  # bounded by shapes alone: nothing waits
     tiles = torch.empty(3, n_tiles, dtype=torch.int32, device=x.device)
@@ -213,11 +246,11 @@ def grouped_gemm(
         *(triton.next_power_of_2(n_experts), 64),
     )
     _grouped_fp4[(triton.cdiv(n, bn), n_tiles)](
-        wide,
+        *(parted, x_scale.contiguous().view(torch.uint8)),
         weight.contiguous().view(torch.uint8),
-        weight_scale.contiguous().view(torch.uint8),
-        *(out, expert, row, end, n, k, is_left, bm, bn, bk),
+        weight_scale.contiguous().view(torch.int32),
+        *(out, expert, row, end, n, k, bm, bn),
         num_warps=warps,
-        num_stages=3,
+        num_stages=stages,
     )
     return out

@@ -19,6 +19,7 @@ KV_RECORDS = ("bf16", "fp8_584", "fp8_640")
 INDEX_DIM = 128  # of packed index records
 MAX_HC = 4
 FP8_SINCE = (8, 9)  # compute capability
+SUMS_SHORT = "out_dtype is not bfloat16: FP8 tensor cores sum too short for more"
 BOTH_NARROW = "wkv and wgate in bf16"
 
 
@@ -54,7 +55,7 @@ def _why_not_fp8(
     out_dtype: torch.dtype,
 ) -> str | None:
     if out_dtype != BF16:
-        return "out_dtype is not bfloat16: FP8 tensor cores sum too short for more"
+        return SUMS_SHORT
     if is_mx(b, b_scale):
         return "the weight is MXFP8, must be in blocks of 128 x 128"
     if a.shape[1] % ACT_GROUP:
@@ -72,6 +73,8 @@ def _why_not_grouped(
 ) -> str | None:
     if weight_scale is None or weight.dtype != torch.int8 or weight_scale.dtype != E8M0:
         return "the weight is not FP4"
+    if out_dtype != BF16:
+        return SUMS_SHORT
     if x.shape[1] % ACT_GROUP:
         return f"k is {x.shape[1]}, must be a multiple of {ACT_GROUP}"
     return _no_fp8()

@@ -25,13 +25,13 @@ def _order(
     program = tl.program_id(0)
     if program < pair_programs:
         pair = program * MINE + tl.arange(0, MINE)
-        expert = tl.load(ids + pair, pair < n_pairs, 0)
+        chosen = tl.load(ids + pair, pair < n_pairs, 0)
         place = tl.zeros((MINE,), tl.int32)
         for begin in range(0, n_pairs, OTHERS):
             other = begin + tl.arange(0, OTHERS)
             theirs = tl.load(ids + other, other < n_pairs, 2147483647)
-            is_less = theirs[None, :] < expert[:, None]
-            is_equal = theirs[None, :] == expert[:, None]
+            is_less = theirs[None, :] < chosen[:, None]
+            is_equal = theirs[None, :] == chosen[:, None]
             is_before = is_less | (is_equal & (other[None, :] < pair[:, None]))
             place += tl.sum(is_before.to(tl.int32), 1)
         tl.store(source + place, pair.to(tl.int64), pair < n_pairs)
