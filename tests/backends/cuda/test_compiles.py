@@ -51,7 +51,8 @@ def test_every_specialisation_compiles(sm, folder, module):
 
 def test_shared_sources_have_no_inline_assembly():
     """Lowering for Ascend lets PTX through, and no Ascend device could run it."""
-    for source in (SOURCES / "triton").glob("*.py"):
+    kernels = set((SOURCES / "triton").glob("*.py")) - {SOURCES / "triton" / "interpreter.py"}
+    for source in kernels:
         text = source.read_text()
         for word in ("inline_asm", "libdevice", "asm_elementwise", "tl.extra.cuda"):
             assert word not in text, f"{source.name}: {word}"
