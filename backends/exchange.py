@@ -7,6 +7,8 @@ are summed in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from v4_ascend.ops import Group, act_quant, moe_combine, moe_dispatch
@@ -16,21 +18,31 @@ from v4_ascend.ops.moe import DISPATCH_GROUP
 FEW_RANKS = 3  # up to here, gathering is one exchange instead of three and moves as much
 
 
-def _why_not_dispatch(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    n_experts: int,
-    group: Group,
-    fp8: bool,
-) -> str | None:
-    return _why_not(group)
+def by_group(
+    why_not: Callable[[Group], str | None],
+) -> tuple[Callable[..., str | None], Callable[..., str | None]]:
+    """Return the refusals of `moe_dispatch` and `moe_combine` that look at the group alone."""
 
+    def dispatch(
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        n_experts: int,
+        group: Group,
+        fp8: bool,
+    ) -> str | None:
+        return why_not(group)
 
-def _why_not_combine(
-    rows: torch.Tensor, source: torch.Tensor, topk: int, tokens_per_rank: torch.Tensor, group: Group
-) -> str | None:
-    return _why_not(group)
+    def combine(
+        rows: torch.Tensor,
+        source: torch.Tensor,
+        topk: int,
+        tokens_per_rank: torch.Tensor,
+        group: Group,
+    ) -> str | None:
+        return why_not(group)
+
+    return dispatch, combine
 
 
 def _why_not(group: Group) -> str | None:
@@ -39,8 +51,9 @@ def _why_not(group: Group) -> str | None:
 
 def register(backend: str) -> None:
     """Let calls on `backend` try these two before what is registered later."""
-    moe_dispatch.kernel(backend, provider="torch", why_not=_why_not_dispatch)(exchange_tokens)
-    moe_combine.kernel(backend, provider="torch", why_not=_why_not_combine)(exchange_rows)
+    dispatch, combine = by_group(_why_not)
+    moe_dispatch.kernel(backend, provider="torch", why_not=dispatch)(exchange_tokens)
+    moe_combine.kernel(backend, provider="torch", why_not=combine)(exchange_rows)
 
 
 def exchange_tokens(

@@ -8,6 +8,8 @@ Source: DeepSeek-V4 inference/kernel.py (act_quant, fp4_act_quant) and convert.p
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn import functional as F
 
@@ -71,8 +73,13 @@ def round_to_fp4(x: torch.Tensor) -> torch.Tensor:
 
 def fp4_value(code: torch.Tensor) -> torch.Tensor:
     """Value in fp32 of e2m1 codes 0..15."""
-    table = torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), device=code.device)
-    return table[code.long()]
+    return _fp4_table(code.device)[code.long()]
+
+
+@cache
+def _fp4_table(device: torch.device) -> torch.Tensor:
+    """Return the values by code; copied once, as a copy from the host holds a device up."""
+    return torch.tensor(FP4_VALUES + tuple(-v for v in FP4_VALUES), device=device)
 
 
 def pack_fp4(code: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from v4_ascend.backends import prepared
+from v4_ascend.backends.exchange import by_group
 from v4_ascend.backends.triton.limits import INDEX_RECORDS, MAX_BATCH
 from v4_ascend.ops import Group, compress_kv
 from v4_ascend.ops.formats import E8M0, is_mx
@@ -138,26 +139,11 @@ def _why_not_compress(
     return _bf16(x=x)
 
 
-def _why_not_dispatch(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    n_experts: int,
-    group: Group,
-    fp8: bool,
-) -> str | None:
-    return _not_alone(group)
-
-
-def _why_not_combine(
-    rows: torch.Tensor, source: torch.Tensor, topk: int, tokens_per_rank: torch.Tensor, group: Group
-) -> str | None:
-    return _not_alone(group)
-
-
 def _not_alone(group: Group) -> str | None:
     return f"{group.size} ranks: this kernel moves rows on one device" if group.size > 1 else None
 
+
+_why_not_dispatch, _why_not_combine = by_group(_not_alone)
 
 MODULES: dict[str, dict[str, Any]] = {
     "attention": {"sparse_attn": _why_not_attn},
