@@ -126,7 +126,10 @@ def _grouped_cases() -> Iterator[Case]:
         "empty": ((0, 0), 128, 128),
         "one": ((0, 1, 0), 128, 128),
         "odd": ((3, 0, 5, 1), 200, 256),
+        "some": ((14, 11), 128, 128),  # of so many rows an expert kernels take other tiles
+        "many": ((70, 3), 200, 256),
         "flash-w1": ((7, 0, 1, 9), 2048, 4096),
+        "flash-many": ((90, 3), 2048, 4096),
         "pro-w2": ((2, 5), 7168, 3072),
     }
     for weight in ("plain", "fp8", "fp4"):

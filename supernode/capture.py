@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from v4_ascend.config.topology import ParallelConfig, Topology
 
 
@@ -31,6 +29,7 @@ def why_no_graphs(
     return None
 
 
-def padded_size(sizes: Sequence[int], n: int) -> int | None:
-    """Return the smallest of the ascending `sizes` that holds `n` sequences."""
-    return next((size for size in sizes if size >= n), None)
+def default_sizes(n_slots: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, then every multiple of 8 up to 64 and of 32 beyond, and `n_slots`."""
+    steps = (1, 2, 4, *range(8, 65, 8), *range(96, n_slots, 32))
+    return (*(n for n in steps if n < n_slots), n_slots)

@@ -12,7 +12,7 @@ from v4_ascend.config.devices import DeviceProfile, device_profile
 from v4_ascend.config.private import write_private
 from v4_ascend.config.topology import ParallelConfig, Topology
 from v4_ascend.errors import ConfigError
-from v4_ascend.supernode.capture import why_no_graphs
+from v4_ascend.supernode.capture import default_sizes, why_no_graphs
 from v4_ascend.supernode.experts import LayerPlacement
 
 Backend = Literal["cpu", "cuda", "ascend", "mindspore"]
@@ -188,8 +188,8 @@ def _capture_sizes(
     asked, where = t.runtime.capture_sizes, t.where("runtime.capture_sizes")
     n_slots = -(-t.serve.concurrency // parallel.dp_size)
     why = why_no_graphs(t, parallel, backend, emulated=profile.emulated)
-    if asked == "auto":  # until a captured network has been seen to run on a GPU
-        return ()
+    if asked is None:  # no NPU has been seen to capture; it has to be asked for
+        return default_sizes(n_slots) if backend == "cuda" and why is None else ()
     if asked and why:
         raise ConfigError(where, f"{list(asked)}: {why}; leave it out, or give []")
     if list(asked) != sorted(set(asked)):

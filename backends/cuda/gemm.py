@@ -14,6 +14,7 @@ from v4_ascend.backends.cuda.device import n_processors
 from v4_ascend.backends.triton.quant import e8m0_to_float
 
 DEPTH = 128  # channels of one activation scale, and of a step
+FP4, BF16 = tl.constexpr("e2m1"), tl.constexpr("bf16")
 # Nibbles s e e m of four bytes to bytes s 0 0 e e m 0 0: low ones into $0, high ones into $1.
 FOUR_PAIRS = tl.constexpr("""{
 .reg .b32 sign, rest;
@@ -144,6 +145,17 @@ def _map_tiles(group_sizes, tile_expert, tile_row, tile_end, n_experts, n_tiles,
 
 
 @triton.jit
+def _widen(x, x_scale, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """FP8 times its power of two, exact in bf16."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    mask = group < n_groups
+    at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    scale = e8m0_to_float(tl.load(x_scale + group, mask, 0))
+    wide = tl.load(x + at, mask[:, None], 0.0).to(tl.float32) * scale[:, None]
+    tl.store(out + at, wide.to(tl.bfloat16), mask[:, None])
+
+
+@triton.jit
 def _part_pairs(x, out, n_groups, GROUPS: tl.constexpr):
     """Of each 32 channels the even ones first, then the odd: as FP4 pairs come out of bytes."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
@@ -212,9 +224,35 @@ def _grouped_fp4(
         tl.store(at, acc.to(out.dtype.element_ty), is_row[None, :] & is_col[:, None])
 
 
-def _tile(n_rows: int, n_experts: int) -> tuple[int, int, int, int]:
-    """Return a tile's rows and columns, its warps, and the stages of its loads."""
-    return (16, 128, 4, 3) if n_rows <= 16 * n_experts else (64, 128, 8, 3)
+@triton.jit
+def _grouped_wide(
+    x, weight, weight_scale, out, tile_expert, tile_row, tile_end, n, k,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tile [BM, BN] of one expert's product with rows in bf16, as `_widen` leaves them.
+
+    A weight times its scale is exact in bf16: many rows share that, and sums need no mending.
+    """
+    tile = tl.program_id(1)
+    begin, end = tl.load(tile_row + tile), tl.load(tile_end + tile)
+    if begin < end:
+        expert = tl.load(tile_expert + tile).to(tl.int64)
+        row = begin + tl.arange(0, BM)
+        col = tl.program_id(0) * BN + tl.arange(0, BN)
+        is_row, is_col = row < end, col < n
+        b_row = expert * n + col
+        each, half, group = tl.arange(0, BK), tl.arange(0, BK // 2), tl.arange(0, BK // 32)
+        w_at = weight + b_row[:, None] * (k // 2) + half[None, :]
+        s_at = weight_scale + b_row[:, None] * (k // 32) + group[None, :]
+        x_at = x + row.to(tl.int64)[:, None] * k + each[None, :]
+        acc = tl.zeros((BM, BN), tl.float32)
+        for step in range(0, k // BK):
+            w = tl.load(w_at + step * (BK // 2), is_col[:, None], 0)
+            scale = tl.load(s_at + step * (BK // 32), is_col[:, None], 0)
+            rows = tl.load(x_at + step * BK, is_row[:, None], 0.0)
+            acc = tl.dot_scaled(rows, None, BF16, tl.trans(w), scale, FP4, acc, fast_math=True)
+        at = out + row.to(tl.int64)[:, None] * n + col[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), is_row[:, None] & is_col[None, :])
 
 
 def grouped_gemm(
@@ -225,32 +263,43 @@ def grouped_gemm(
     group_sizes: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """As the op `grouped_gemm`, with FP4 weights."""
+    """As the op `grouped_gemm`, with FP4 weights, into bf16."""
     if x_scale is None or weight_scale is None:
         raise ValueError("this kernel multiplies FP4 weights")
     (m, k), (n_experts, n, _) = x.shape, weight.shape
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if not m:
         return out
-    bm, bn, warps, stages = _tile(m, n_experts)
-    parted = torch.empty_like(x, memory_format=torch.contiguous_format)
-    n_groups, groups = m * k // 32, 64
-    _part_pairs[(triton.cdiv(n_groups, groups),)](
-        x.contiguous().view(torch.uint8), parted.view(torch.uint8), n_groups, groups
-    )
-    n_tiles = min(m, m // bm + n_experts)  # bounded by shapes alone: nothing waits
+    bm = 16 if m <= 8 * n_experts else 32 if m <= 32 * n_experts else 128
+    bn, n_tiles = 128, min(m, m // bm + n_experts)  # bounded by shapes alone: nothing waits
     tiles = torch.empty(3, n_tiles, dtype=torch.int32, device=x.device)
     expert, row, end = tiles.unbind()
     _map_tiles[(triton.cdiv(n_tiles, 64),)](
         *(group_sizes, expert, row, end, n_experts, n_tiles, bm),
         *(triton.next_power_of_2(n_experts), 64),
     )
-    _grouped_fp4[(triton.cdiv(n, bn), n_tiles)](
-        *(parted, x_scale.contiguous().view(torch.uint8)),
-        weight.contiguous().view(torch.uint8),
-        weight_scale.contiguous().view(torch.int32),
-        *(out, expert, row, end, n, k, bm, bn),
-        num_warps=warps,
-        num_stages=stages,
-    )
+    grid = (triton.cdiv(n, bn), n_tiles)
+    x, x_scale = x.contiguous(), x_scale.contiguous().view(torch.uint8)
+    weight, weight_scale = weight.contiguous().view(torch.uint8), weight_scale.contiguous()
+    if bm < 128:
+        parted, n_groups, groups = torch.empty_like(x), m * k // 32, 64
+        _part_pairs[(triton.cdiv(n_groups, groups),)](
+            x.view(torch.uint8), parted.view(torch.uint8), n_groups, groups
+        )
+        _grouped_fp4[grid](
+            *(parted, x_scale, weight, weight_scale.view(torch.int32), out),
+            *(expert, row, end, n, k, bm, bn),
+            num_warps=4,
+            num_stages=3,
+        )
+    else:
+        wide = torch.empty(m, k, dtype=torch.bfloat16, device=x.device)
+        n_groups, groups = m * k // DEPTH, 16
+        _widen[(triton.cdiv(n_groups, groups),)](x, x_scale, wide, n_groups, groups, DEPTH)
+        _grouped_wide[grid](
+            *(wide, weight, weight_scale.view(torch.uint8), out),
+            *(expert, row, end, n, k, bm, bn, 32),
+            num_warps=8,
+            num_stages=3,
+        )
     return out

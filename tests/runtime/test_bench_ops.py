@@ -87,6 +87,30 @@ def test_it_prints_a_row_for_every_call_and_json():
     assert set(data["machine"]) == {"device", "torch", "python"}
 
 
+def test_a_layer_is_timed_beside_the_sum_of_its_operators():
+    asked = ("--model", "tiny", "--experts", "4", "--work", "decode:2:200", "--json")
+    shown = CliRunner().invoke(app, ["bench", "layer", *asked])
+    assert shown.exit_code == 0, shown.output
+    csa, hca = json.loads(shown.stdout)["data"]["work"]["decode:2:200"]
+    assert (csa["kind"], hca["kind"]) == ("CSA", "HCA")
+    assert csa["n_calls"] > hca["n_calls"] > 20
+    assert 0 < csa["floor"] < csa["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--experts", "1"), "1, must be 2 to 8"),
+        (("--experts", "9"), "9, must be 2 to 8"),
+        (("--experts", "4", "--work", "prefill:8:0"), "a layer is timed decoding"),
+    ],
+)
+def test_a_layer_that_cannot_be_timed_is_refused(args, says):
+    result = CliRunner().invoke(app, ["bench", "layer", "--model", "tiny", *args])
+    assert says in str(result.exception)
+    assert result.exception.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from v4_ascend.errors import ConfigError
-
 WORK = ("decode:32:8192",)
 
 
@@ -23,20 +21,11 @@ def layer_command(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Time a decode step of one CSA and one HCA layer, with random weights of a model's widths."""
-    from v4_ascend.backends import find_backend
-    from v4_ascend.cli.bench_ops import config_of
+    from v4_ascend.cli.bench_ops import asked
     from v4_ascend.runtime.bench_layer import bench_layer
-    from v4_ascend.runtime.bench_ops import COLD_BYTES, machine, measure_rates, packed_records
-    from v4_ascend.runtime.workload import Workload
+    from v4_ascend.runtime.bench_ops import machine, measure_rates, packed_records
 
-    config, chosen = config_of(model), find_backend(backend)
-    try:
-        steps = {text: Workload.parse(text) for text in work or WORK}
-    except ValueError as e:
-        raise ConfigError("--work", str(e)) from e
-    chosen.require()
-    if chosen.device() not in COLD_BYTES:
-        raise ConfigError("--backend", f"{backend!r}: only {' and '.join(COLD_BYTES)} are timed")
+    config, chosen, steps = asked(model, backend, work or WORK)
     rates, records = measure_rates(chosen.device()), packed_records(config)
     tables = {
         text: list(bench_layer(chosen, config, step, rates, n_experts=experts, records=records))

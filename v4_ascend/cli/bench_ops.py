@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,9 @@ import typer
 from v4_ascend.errors import ConfigError
 
 if TYPE_CHECKING:
+    from v4_ascend.backends import Backend
     from v4_ascend.config.model import ModelConfig
+    from v4_ascend.runtime.workload import Workload
 
 WORK = ("decode:1:8192", "decode:32:8192", "prefill:2048:0")
 
@@ -28,29 +31,12 @@ def ops_command(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Time each operator of one step against the least its bytes or products take."""
-    from v4_ascend.backends import find_backend
     from v4_ascend.ops import OPS
-    from v4_ascend.runtime.bench_ops import (
-        COLD_BYTES,
-        bench_ops,
-        machine,
-        measure_rates,
-        packed_records,
-    )
-    from v4_ascend.runtime.workload import Workload
+    from v4_ascend.runtime.bench_ops import bench_ops, machine, measure_rates, packed_records
 
-    try:
-        steps = {text: Workload.parse(text) for text in work or WORK}
-    except ValueError as e:
-        raise ConfigError("--work", str(e)) from e
     if op is not None and op not in OPS:
         raise ConfigError("--op", f"no operator {op!r}; there is {', '.join(OPS)}")
-    config, chosen = config_of(model), find_backend(backend)
-    chosen.require()
-    if chosen.device() not in COLD_BYTES:
-        raise ConfigError(
-            "--backend", f"{backend!r}: only {' and '.join(COLD_BYTES)} are timed yet"
-        )
+    config, chosen, steps = asked(model, backend, work or WORK)
     records = packed_records(config)
     rates = measure_rates(chosen.device())
     tables = {
@@ -85,17 +71,33 @@ def ops_command(
             )
 
 
-def config_of(model: str) -> ModelConfig:
-    """Read the configuration of a preset or of a file.
+def asked(
+    model: str, backend: str, work: Sequence[str]
+) -> tuple[ModelConfig, Backend, dict[str, Workload]]:
+    """Return what is to be timed: whose widths, where, and which steps by their names.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: neither a preset nor a file, no workload, or a backend that is not timed.
+        BackendUnavailableError: it does not run here.
     """
+    from v4_ascend.backends import find_backend
     from v4_ascend.config.model import ModelConfig
     from v4_ascend.config.presets import preset_names, preset_path
+    from v4_ascend.runtime.bench_ops import COLD_BYTES
+    from v4_ascend.runtime.workload import Workload
 
     path = preset_path(model) if model in preset_names() else Path(model)
     if not path.is_file():
         names = ", ".join(preset_names())
         raise ConfigError("--model", f"{model!r} is neither a preset ({names}) nor a file")
-    return ModelConfig.read(path)
+    try:
+        steps = {text: Workload.parse(text) for text in work}
+    except ValueError as e:
+        raise ConfigError("--work", str(e)) from e
+    chosen = find_backend(backend)
+    chosen.require()
+    if chosen.device() not in COLD_BYTES:
+        raise ConfigError(
+            "--backend", f"{backend!r}: only {' and '.join(COLD_BYTES)} are timed yet"
+        )
+    return ModelConfig.read(path), chosen, steps

@@ -218,11 +218,7 @@ class Serve(Section):
 
 
 class Runtime(Section):
-    """Choices of the serving processes.
-
-    `capture_sizes` are the numbers of sequences whose decode step is captured as a device graph;
-    empty for none.
-    """
+    """Choices of the serving processes; decode steps of `capture_sizes` sequences are captured."""
 
     backend: Literal["auto", "cpu", "cuda", "ascend", "mindspore"] = "auto"
     fallback: Literal["error", "reference"] = "error"
@@ -230,7 +226,7 @@ class Runtime(Section):
     quant_sim: Literal["auto", "on", "off"] = "auto"
     kernels: Literal["fast", "reference"] = "fast"
     max_chunk: int = Field(default=512, ge=1)
-    capture_sizes: Literal["auto"] | tuple[Annotated[int, Field(ge=1)], ...] = "auto"
+    capture_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = None
 
 
 class Container(Section):

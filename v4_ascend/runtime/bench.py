@@ -19,6 +19,7 @@ from v4_ascend.errors import BackendUnavailableError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import use_policy
+from v4_ascend.runtime.graphs import DecodeGraphs, DeviceGraphs
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
 from v4_ascend.runtime.parity import cache_records
@@ -101,10 +102,16 @@ def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.T
         min_page_rows=backend.min_page_rows,
     )
     tokens = ids.tolist()
+    graphs = None
+    if backend.device() == "cuda":  # as a deployment does
+        graphs = DecodeGraphs(model, cache, (1,), DeviceGraphs(cache.device))
 
     def step(begin: int, end: int) -> torch.Tensor:
-        batch = cache.batch([Chunk(0, tokens[begin:end], begin)])
-        return model.logits(model(batch, cache.layers)[-1:]).cpu()
+        chunks = [Chunk(0, tokens[begin:end], begin)]
+        streams = graphs.streams(chunks) if graphs is not None else None
+        if streams is None:
+            streams = model(cache.batch(chunks), cache.layers)[-1:]
+        return model.logits(streams).cpu()
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()

@@ -18,7 +18,6 @@ from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch, overwrite
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
-from v4_ascend.supernode.capture import padded_size
 
 WARM_UPS = 2  # runs before a capture: kernels compile, libraries choose theirs
 
@@ -85,7 +84,7 @@ class DecodeGraphs:
         Shapes: return [len(chunks), hc_mult, dim], overwritten by the next step
         """
         n = len(chunks)
-        size = padded_size(self._sizes, n)
+        size = next((size for size in self._sizes if size >= n), None)
         if size is None or any(len(c.token_ids) != 1 for c in chunks):
             return None
         repeated = [chunks[i % n] for i in range(size)]

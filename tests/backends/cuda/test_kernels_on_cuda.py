@@ -44,3 +44,9 @@ def test_without_a_device_it_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "torch sees no CUDA device" in CUDA.why_unavailable()
     assert CUDA.device() == "cuda"
+
+
+@pytest.mark.parametrize("op", ["moe_permute", "moe_dispatch"])
+def test_many_rows_are_ordered_by_sorting_them(op, monkeypatch):
+    monkeypatch.setattr("v4_ascend.backends.cuda.moe.FEW", 8)
+    _all_pass(Selection(op))
