@@ -30,10 +30,10 @@ def paced(compute, seconds):
 
 
 def noted(run, file, layer):
-    def step(self, of):
+    def step(self, of, **how):
         Block.__call__ = layer  # from the first step on: the canary need not take so long
         began, waited = time.perf_counter(), dict(self.groups.flight.waited_s)
-        result = run(self, of)
+        result = run(self, of, **how)
         with file.open("a") as f:
             f.write(json.dumps([began, waited]) + "\n")
         return result

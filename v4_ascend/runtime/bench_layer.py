@@ -29,7 +29,7 @@ from v4_ascend.runtime.kv_cache import Chunk
 from v4_ascend.runtime.op_workloads import calls
 from v4_ascend.runtime.workload import BF16, Maker, Workload
 
-KINDS = {4: "CSA", 128: "HCA", 0: "SWA"}
+KINDS = {4: "CSA", 128: "HCA"}
 # Of these the arguments are whole storages, of which a call reads some rows.
 SPARSE = ("sparse_attn", "index_select", "compress_kv", "grouped_gemm", "store_rows")
 
@@ -73,7 +73,7 @@ def bench_layer(
         raise ConfigError("--experts", f"{n_experts}, must be {few} to {all_of_them}")
     config = config.model_copy(update={"n_routed_experts": n_experts})
     with torch.inference_mode(), use_policy(backend=backend.name):
-        for ratio in (4, 128):
+        for ratio in KINDS:
             yield _layer(backend, config, work, rates, ratio, records)
 
 
@@ -120,8 +120,6 @@ def _random(spec: TensorSpec, make: Maker) -> torch.Tensor:
         return make.normal(*shape, dtype=torch.float32).to(formats.FP8)
     if spec.dtype == "I8":
         return make.integers(-128, 128, *shape, dtype=torch.int8)
-    if spec.dtype == "I64":
-        return make.integers(0, 2, *shape, dtype=torch.int64)
     dtype = BF16 if spec.dtype == "BF16" else torch.float32
     return make.normal(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
