@@ -35,8 +35,8 @@ def ceil_to_e8m0(x: torch.Tensor) -> torch.Tensor:
 
 
 def scale_to_float(scale: torch.Tensor) -> torch.Tensor:
-    """Widen scales to fp32: E8M0 by its bits, anything else by its value."""
-    if scale.dtype != E8M0:
+    """Widen scales to fp32: E8M0 by its bits where torch has no conversion, which is an NPU."""
+    if scale.dtype != E8M0 or scale.device.type in ("cpu", "cuda"):
         return scale.float()
     bits = scale.view(torch.uint8).int()
     # 2^-127 is subnormal in fp32, so byte 0 is not (0 << 23).

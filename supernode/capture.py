@@ -11,8 +11,6 @@ def why_no_graphs(
     """Return why this deployment's steps cannot be captured, or None."""
     if t.engine != "native":
         return f"engine {t.engine} captures its own"
-    if backend == "cpu":
-        return "a CPU has no graphs: its calls do not wait for a launch"
     if backend == "mindspore":
         return "MindSpore's operators exchange tensors with torch on the host"
     if emulated:
@@ -27,6 +25,11 @@ def why_no_graphs(
     if n := t.serve.n_draft_tokens:
         return f"{n} draft tokens: how many of them are right is read on the host"
     return None
+
+
+def few_sizes(n_slots: int) -> tuple[int, ...]:
+    """Return 1, 2, 4 and 8, or `n_slots`: of more sequences a CPU computes longer than it calls."""
+    return (*(n for n in (1, 2, 4, 8) if n < n_slots), *([n_slots] if n_slots <= 8 else []))
 
 
 def default_sizes(n_slots: int) -> tuple[int, ...]:

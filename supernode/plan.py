@@ -67,7 +67,7 @@ class Plan(_Frozen):
     max_chunk: int
     cache_tokens: int | None = None
     prefix_snapshots: int = 16
-    capture_sizes: tuple[int, ...] = ()
+    capture_sizes: tuple[int, ...] | None = ()  # None: as many as can be, of few sequences
     n_draft_tokens: int = 0
     min_draft_confidence: float = 0.3
     dtype: Literal["fp32", "bf16"] | None
@@ -184,10 +184,12 @@ def plan_of(
 
 def _capture_sizes(
     t: Topology, parallel: ParallelConfig, profile: DeviceProfile, backend: str
-) -> tuple[int, ...]:
+) -> tuple[int, ...] | None:
     asked, where = t.runtime.capture_sizes, t.where("runtime.capture_sizes")
     n_slots = -(-t.serve.concurrency // parallel.dp_size)
     why = why_no_graphs(t, parallel, backend, emulated=profile.emulated)
+    if asked is None and why is None and backend == "cpu":  # the rank sees which kernels it has
+        return None
     if asked is None:  # no NPU has been seen to capture; it has to be asked for
         return default_sizes(n_slots) if backend == "cuda" and why is None else ()
     if asked and why:

@@ -14,6 +14,7 @@ V4AscendError                1  the work failed
   PortInUseError             4  the port we were asked to listen on is taken
   PreflightError             4  a host is not fit for what is asked of it
   ParityError                5  two sides disagree
+  CaptureError               5  a step cannot be recorded and replayed
   DeployError                6  a deployment failed to start or died
   DeadlineError              7  something did not happen in time
 
@@ -124,6 +125,12 @@ class PreflightError(V4AscendError):
 
 class ParityError(V4AscendError):
     """Two sides that must agree do not."""
+
+    exit_code = 5
+
+
+class CaptureError(V4AscendError):
+    """A step cannot be recorded: what it does depends on values that the host reads."""
 
     exit_code = 5
 

@@ -4,7 +4,7 @@ import pytest
 
 from v4_ascend.config.topology import ParallelConfig, load_topology
 from v4_ascend.errors import ConfigError
-from v4_ascend.supernode.capture import default_sizes
+from v4_ascend.supernode.capture import default_sizes, few_sizes
 from v4_ascend.supernode.plan import Rank, plan_of
 
 
@@ -24,7 +24,14 @@ def test_a_gpu_captures_few_sequences_closely_and_many_roughly():
     assert default_sizes(160)[-4:] == (64, 96, 128, 160)
 
 
-@pytest.mark.parametrize("device", ["cpu", "ascend-950dt-96", "cpu-emulated-npu"])
+def test_a_cpu_captures_few_sequences_if_its_kernels_let_it():
+    assert sizes("cpu") is None
+    assert sizes("cpu", "runtime.capture_sizes=[3]") == (3,)
+    assert sizes("cpu", "serve.n_draft_tokens=1") == ()
+    assert [few_sizes(n) for n in (1, 3, 8, 20)] == [(1,), (1, 2, 3), (1, 2, 4, 8), (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize("device", ["ascend-950dt-96", "cpu-emulated-npu"])
 def test_where_none_was_seen_to_capture_none_is_unless_asked(device):
     assert sizes(device) == ()
 
@@ -36,7 +43,7 @@ def test_an_npu_captures_if_asked():
 @pytest.mark.parametrize(
     ("device", "settings", "world", "says"),
     [
-        ("cpu", ["[1]"], 1, "a CPU has no graphs"),
+        ("cpu", ["[1]"], 2, "2 ranks"),
         ("cpu-emulated-npu", ["[1]"], 1, "an emulated NPU"),
         ("nvidia-h200", ["[1]"], 2, "2 ranks"),
         ("nvidia-h200", ["[1]", "serve.n_draft_tokens=1"], 1, "1 draft tokens"),

@@ -12,7 +12,7 @@ from v4_ascend.backends import find_backend
 from v4_ascend.chat import ChatTokenizer
 from v4_ascend.checkpoint.sources import whole
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.errors import ParityError
+from v4_ascend.errors import CaptureError, ParityError
 from v4_ascend.model.batch import Batch
 from v4_ascend.model.dspark import Targets
 from v4_ascend.model.numerics import Numerics
@@ -20,7 +20,7 @@ from v4_ascend.model.shard import gathered, rows_of, span_of
 from v4_ascend.model.transformer import Observer, Transformer
 from v4_ascend.runtime.comm import Groups, Work
 from v4_ascend.runtime.drafter import drafter_of
-from v4_ascend.runtime.graphs import DecodeGraphs, DeviceGraphs, Recorder
+from v4_ascend.runtime.graphs import DecodeGraphs, Recorder, recorder_of
 from v4_ascend.runtime.guide import GuideFactory
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.limits import limits_of
@@ -28,6 +28,7 @@ from v4_ascend.runtime.load import load_rank, open_for_rank
 from v4_ascend.runtime.messages import Sampled, SequenceStep, Step, StepResult
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.sampler import Sampler
+from v4_ascend.supernode.capture import few_sizes
 from v4_ascend.supernode.plan import Plan
 
 SENDS = 4  # streams on their way to the next stage, which is hardly further behind
@@ -152,11 +153,20 @@ class Engine:
         No request may have begun: their caches are written to.
 
         Raises:
+            CaptureError: a step reads values on the host.
             ParityError: a replayed step is not the step itself.
         """
         if sizes:
-            recorder = recorder or DeviceGraphs(self.device)
+            recorder = recorder or recorder_of(self.device)
             self.graphs = DecodeGraphs(self.model, self.cache, sizes, recorder)
+
+    def capture_few(self) -> str | None:
+        """Capture steps of few sequences, or return why they cannot be; as `capture`."""
+        try:
+            self.capture(few_sizes(self.n_slots))
+        except (CaptureError, ParityError) as e:
+            return str(e)
+        return None
 
     @torch.inference_mode()
     def step(self, step: Step, *, may_replay: bool = True) -> StepResult:

@@ -1,5 +1,7 @@
 """Decode steps captured once and replayed: one launch in place of some forty a layer.
 
+A CPU has no launches; there it is calls of kernels alone, without what chooses and prepares them.
+
 Everything a step depends on is in tensors of a fixed place, which a new step overwrites. What a
 graph cannot see is its shape: one is captured for each size, and a step of fewer sequences
 repeats its first ones, whose rows are computed and written twice alike.
@@ -14,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from v4_ascend.backends.cpu.recorder import record_calls
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch, overwrite
 from v4_ascend.model.transformer import Transformer
@@ -47,6 +50,11 @@ class DeviceGraphs:
         with self._module.graph(graph, pool=self._pool):
             result = run()
         return result, graph.replay
+
+
+def recorder_of(device: torch.device) -> Recorder:
+    """Return how a device records: a CPU its calls, others their launches."""
+    return record_calls if device.type == "cpu" else DeviceGraphs(device)
 
 
 @dataclass(frozen=True)
@@ -100,15 +108,18 @@ class DecodeGraphs:
         """Record a step of `size` sequences; another one, replayed, must be the step itself.
 
         Raises:
+            CaptureError: the step cannot be recorded.
             ParityError: it is not, bit for bit: something the step depends on is not in its batch.
         """
-        first = (self._model.config.index_topk + 1) * 4 - 1 if is_asked else 0
-        recorded = [Chunk(slot, [0], first) for slot in range(size)]
-        second = min(first + 1, self._cache.max_model_len - 1)
+        least = (self._model.config.index_topk + 1) * 4 - 1 if is_asked else 0
+        # The other step follows and ends a block, so that nothing the first one reads is written
+        # by it: however often they take turns, they give what they gave.
+        second = min(least + (4 if is_asked else 3), self._cache.max_model_len - 1)
+        recorded = [Chunk(slot, [0], max(second - 1, least)) for slot in range(size)]
         other = [Chunk(slot, [1], second) for slot in reversed(range(size))]
         for _ in range(WARM_UPS):
             self._run(self._cache.batch(recorded))
-        expected = self._run(self._cache.batch(other)).clone()
+            expected = self._run(self._cache.batch(other)).clone()
         batch = self._cache.batch(recorded)  # a new one: nothing is kept of its tensors yet
         streams, replay = recorder(partial(self._run, batch))
         overwrite(batch, self._cache.layout(other))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ from v4_ascend.runtime.messages import (
 from v4_ascend.runtime.operator_times import is_timed, timed
 from v4_ascend.supernode.plan import Plan
 
+log = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 COUNT_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -99,7 +101,10 @@ def _serve(link: RankLink, plan: Plan, rank: int, address: Address) -> None:
     with met as groups, use_policy(around=flight.called):
         engine = Engine.load(plan, progress, groups)
         report = canary(engine, plan)
-        engine.capture(plan.capture_sizes)
+        if plan.capture_sizes is not None:
+            engine.capture(plan.capture_sizes)
+        elif why := engine.capture_few():
+            log.warning("decode steps are not replayed: %s", why)
         resident = resident_bytes(engine.model)
         graphs = len(engine.graphs or ())
         link.send(Ready(report.kind, report.median_relative_error, resident, graphs))

@@ -126,10 +126,12 @@ def index_select_compiled(
     compress_ratio: int,
     topk: int,
 ) -> torch.Tensor:
-    """Score each token's rows where they lie, find the threshold, take what is above it."""
+    """Score each token's rows where they lie, find the threshold, take what is above it.
+
+    As wide as what the table can hold, or topk: lengths are not looked at here.
+    """
     q, weights, table = q.contiguous(), weights.contiguous(), block_table.contiguous()
-    n_rows = int(seq_lens.max()) // compress_ratio if len(seq_lens) else 0
-    topk = min(topk, n_rows)
+    topk = min(topk, table.shape[1] * storage.shape[1])
     ids = torch.empty(len(q), topk, dtype=torch.int32)
     if topk:
         _index_select(
@@ -180,11 +182,9 @@ def compress_kv_compiled(
     kv, score = F.linear(wide, wkv), F.linear(wide, wgate)
     head_dim, width = len(norm_weight), ape.shape[1]
     pooled = torch.zeros(len(cos), head_dim)
-    n_rows = _compress_kv(
+    _compress_kv(
         *map(pointer, (kv, score, ape, state, state_slots, seq_lens, cu_seqlens)),
         *(len(seq_lens), compress_ratio, head_dim, width, state.shape[1], pointer(pooled)),
     )
-    if not n_rows:
-        return pooled.to(x.dtype), state
     normed = rms_norm_compiled(pooled.to(x.dtype), norm_weight, norm_eps)
     return rope_compiled(normed, cos, sin), state

@@ -7,7 +7,8 @@ the plain ones run. It links no OpenMP of its own; its loops run on the threads 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,6 +30,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _library, MISSING = _load()
+Recorder = Callable[[Callable[..., int], tuple[Any, ...]], None]
+_recorders: list[Recorder] = []
 
 
 def function(name: str, arguments: str) -> Callable[..., int]:
@@ -41,7 +44,23 @@ def function(name: str, arguments: str) -> Callable[..., int]:
     found: Any = getattr(_library, name)
     found.argtypes = [_TYPES[a] for a in arguments]
     found.restype = ctypes.c_int64
-    return found
+
+    def call(*args: Any) -> int:
+        for note in _recorders:
+            note(found, args)
+        return int(found(*args))
+
+    return call
+
+
+@contextmanager
+def recorded(note: Recorder) -> Iterator[None]:
+    """Show every call in this block to `note`. What an argument points to must outlive it."""
+    _recorders.append(note)
+    try:
+        yield
+    finally:
+        _recorders.remove(note)
 
 
 def _refuse(*_arguments: Any) -> int:
