@@ -125,6 +125,7 @@ def _grouped_cases() -> Iterator[Case]:
     shapes = {
         "empty": ((0, 0), 128, 128),
         "one": ((0, 1, 0), 128, 128),
+        "alone": ((5,), 200, 256),
         "odd": ((3, 0, 5, 1), 200, 256),
         "some": ((14, 11), 128, 128),  # of so many rows an expert kernels take other tiles
         "many": ((70, 3), 200, 256),

@@ -11,7 +11,7 @@ from v4_ascend.backends import prepared
 from v4_ascend.backends.exchange import by_group
 from v4_ascend.backends.triton.limits import INDEX_RECORDS, MAX_BATCH
 from v4_ascend.ops import Group, compress_kv
-from v4_ascend.ops.formats import E8M0, is_mx
+from v4_ascend.ops.formats import E8M0, FP8, is_mx
 from v4_ascend.ops.gemm import ACT_GROUP
 
 BF16 = torch.bfloat16
@@ -72,8 +72,12 @@ def _why_not_grouped(
     group_sizes: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> str | None:
+    if x_scale is not None and weight_scale is not None and weight.dtype == FP8:
+        if len(weight) > 1:
+            return f"{len(weight)} experts in FP8: this kernel has FP4 for several"
+        return _why_not_fp8(x, x_scale, weight[0], weight_scale[0], out_dtype)
     if weight_scale is None or weight.dtype != torch.int8 or weight_scale.dtype != E8M0:
-        return "the weight is not FP4"
+        return "the weight is neither FP4 nor one expert in FP8"
     if out_dtype != BF16:
         return SUMS_SHORT
     if x.shape[1] % ACT_GROUP:

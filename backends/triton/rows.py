@@ -90,32 +90,31 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) 
 
 
 @triton.jit
-def _hadamard(x, out, n_rows, scale, ROWS: tl.constexpr, N: tl.constexpr):
-    j = tl.arange(0, N)
-    i = tl.arange(0, N)
-    parity = i[:, None] & j[None, :]
+def _hadamard(
+    x, out, n_rows, scale, n, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A product with the matrix, whose entries are made where they are used: 1 and -1 are exact."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    parity = col[:, None] & col[None, :]
     parity ^= parity >> 8
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    h = 1.0 - 2.0 * (parity & 1).to(tl.float32)
-    for r in range(ROWS):
-        row = (tl.program_id(0) * ROWS + r).to(tl.int64)
-        if row < n_rows:
-            wide = tl.load(x + row * N + j).to(tl.float32)
-            y = tl.sum(h * wide[None, :], 1) * scale
-            tl.store(out + row * N + i, y.to(out.dtype.element_ty))
+    h = (1 - 2 * (parity & 1)).to(tl.float32).to(x.dtype.element_ty)
+    mask = (row < n_rows)[:, None] & (col < n)[None, :]
+    at = row[:, None] * n + col[None, :]
+    y = tl.dot(tl.load(x + at, mask, 0.0), h, input_precision="ieee") * scale
+    tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
     """As the op `hadamard`."""
     x = x.contiguous()
-    out = torch.empty_like(x)
-    n = x.shape[-1]
-    n_rows = x.numel() // n
-    if n_rows:
-        rows = 16
-        _hadamard[(triton.cdiv(n_rows, rows),)](x, out, n_rows, n**-0.5, rows, n)
+    out, n = torch.empty_like(x), x.shape[-1]
+    if n_rows := x.numel() // n:
+        rows = 16 if n_rows <= 4096 else 64
+        _hadamard[(triton.cdiv(n_rows, rows),)](x, out, n_rows, n**-0.5, n, rows, max(16, n))
     return out
 
 
