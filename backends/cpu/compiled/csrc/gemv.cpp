@@ -112,17 +112,22 @@ void grouped(W w, const float* x, const int64_t* group_sizes, int64_t n_experts,
 // Weights that need no decoding: a panel of weight rows stays near while rows of activations pass
 // it in blocks, and each load of either serves several products.
 constexpr int PANEL = 3;         // weight rows; with MAX_ROWS their sums fill 24 registers of 32
+constexpr int64_t LINEAR = 8;    // rows up to which memory is slower than loads: one weight row
+constexpr int64_t AHEAD = 512;   // weights asked for ahead of that one, as memory holds them
 constexpr int64_t PASSING = 64;  // rows of activations that stay near too
 
 template <int M, int N, typename T>
-INLINE void tile(const float* x, const T* w, int64_t k, float* out, int64_t n) {
+INLINE void tile(const float* x, const T* w, int64_t k, float* out, int64_t n, int64_t ahead) {
   f32x16 sums[2][M][N] = {};  // of even and of odd lines of lanes, as `dots` has them
   int64_t i = 0;
   for (; i + 2 * LANES <= k; i += 2 * LANES) {
     for (int half = 0; half < 2; half++) {
       int64_t at = i + half * LANES;
       f32x16 ws[N];
-      for (int j = 0; j < N; j++) ws[j] = load(w + j * k + at);
+      for (int j = 0; j < N; j++) {
+        ws[j] = load(w + j * k + at);
+        if (ahead) __builtin_prefetch(w + j * k + at + ahead);
+      }
       for (int m = 0; m < M; m++) {
         f32x16 xs = load(x + m * k + at);
         if constexpr (N > 1) KEEP(xs);
@@ -141,12 +146,13 @@ INLINE void tile(const float* x, const T* w, int64_t k, float* out, int64_t n) {
 
 template <int N, typename T>
 INLINE void panel(const float* x, const T* w, int64_t k, int64_t rows, float* out, int64_t n) {
-  int64_t m = 0;
-  for (; m + MAX_ROWS <= rows; m += MAX_ROWS) tile<MAX_ROWS, N>(x + m * k, w, k, out + m * n, n);
+  int64_t m = 0, ahead = N == 1 ? AHEAD : N * k;
+  for (; m + MAX_ROWS <= rows; m += MAX_ROWS, ahead = 0)
+    tile<MAX_ROWS, N>(x + m * k, w, k, out + m * n, n, ahead);
   switch (rows - m) {
-    case 3: tile<3, N>(x + m * k, w, k, out + m * n, n); break;
-    case 2: tile<2, N>(x + m * k, w, k, out + m * n, n); break;
-    case 1: tile<1, N>(x + m * k, w, k, out + m * n, n); break;
+    case 3: tile<3, N>(x + m * k, w, k, out + m * n, n, ahead); break;
+    case 2: tile<2, N>(x + m * k, w, k, out + m * n, n, ahead); break;
+    case 1: tile<1, N>(x + m * k, w, k, out + m * n, n, ahead); break;
   }
 }
 
@@ -161,10 +167,11 @@ INLINE void panels(const float* x, const T* w, int64_t n, int64_t k, float* out,
     const T* weight = w + (g.expert * n + r) * k;
     const float* rows = x + g.first * k;
     float* to = out + g.first * n + r;
-    if (r + N <= n) {
+    if (g.rows > LINEAR && r + N <= n) {
       panel<N>(rows, weight, k, g.rows, to, n);
     } else {
-      for (; r < n; r++, weight += k, to++) panel<1>(rows, weight, k, g.rows, to, n);
+      int64_t last = std::min(r + N, n);
+      for (; r < last; r++, weight += k, to++) panel<1>(rows, weight, k, g.rows, to, n);
     }
   }
 }
