@@ -1,11 +1,16 @@
 """What C++ converts is what plain torch converts: every byte, and what is said of the errors."""
 
+import _ctypes
+import importlib.machinery
+import json
+import re
 import shutil
 from itertools import product
 
 import pytest
 import torch
-from layouts import write_tiny
+from layouts import make_plan, write_tiny
+from typer.testing import CliRunner
 
 from v4_ascend.checkpoint import compiled
 from v4_ascend.checkpoint.codecs import Stored
@@ -14,6 +19,7 @@ from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.reader import TORCH_DTYPES
 from v4_ascend.checkpoint.recoding import Recoding
 from v4_ascend.checkpoint.row_conversion import plain
+from v4_ascend.cli.app import app
 from v4_ascend.config.inventory import TensorSpec, described
 from v4_ascend.config.precision import recipe_for
 from v4_ascend.ops import formats
@@ -83,6 +89,46 @@ def require_same(got, want):
 
 def test_it_was_built_where_there_is_a_compiler():
     assert compiled.is_built() == any(map(shutil.which, ("g++", "c++")))
+    assert compiled.is_built() == (compiled.MISSING is None)
+
+
+@pytest.mark.parametrize(
+    ("library", "why"),
+    [
+        (None, "the compiled conversion was not built: v4-ascend was installed without g++"),
+        ("damaged", r"the compiled conversion does not load: .*_recode.so: (file too short|inv)"),
+        ("another", "the compiled conversion does not load: .*undefined symbol: fp4_to_fp8"),
+    ],
+)
+def test_a_library_that_cannot_be_used_says_why(tmp_path, monkeypatch, library, why):
+    file = tmp_path / "_recode.so"
+    if library == "damaged":
+        file.write_bytes(b"\x7fELF")
+    if library == "another":
+        file.symlink_to(_ctypes.__file__)
+    spec = importlib.machinery.ModuleSpec("x", None, origin=str(file))
+    monkeypatch.setattr(compiled, "find_spec", lambda name: spec if library else None)
+    functions, missing = compiled._load()
+    assert functions is None
+    assert re.fullmatch(why + ".*", missing)
+    monkeypatch.setattr(compiled, "_functions", functions)
+    monkeypatch.setattr(compiled, "MISSING", missing)
+    with pytest.raises(RuntimeError, match=why):
+        compiled._call("fp4_to_fp8")
+
+
+@pytest.mark.parametrize("command", ["convert", "shard"])
+def test_who_converts_without_it_is_told_why(tmp_path, checkpoint, monkeypatch, command):
+    monkeypatch.setattr(compiled, "_functions", None)
+    monkeypatch.setattr(compiled, "MISSING", "no library today")
+    make_plan(checkpoint, {}).write(tmp_path / "plan.json")
+    words = ["--plan", tmp_path / "plan.json"] if command == "shard" else []
+    words = [command, checkpoint, *words, "--to", "fp8", "--out", tmp_path / "out", "--json"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    told = "no library today; plain torch converts, to the same bytes and more slowly"
+    assert f"warning: {told}\n" in done.stderr
+    assert json.loads(done.stdout)["diagnostics"] == [told]
 
 
 # What has the format already is copied.

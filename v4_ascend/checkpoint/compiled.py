@@ -1,7 +1,8 @@
 """Rows of weights in another format, in C++: each byte as `codecs` and `lossless` make it.
 
-Optional: where the package was built without a compiler, and for formats that are not here, those
-two do it. A library of plain functions without threads: one call works on one file's rows.
+Optional: where the package was built without a compiler those two do it, more slowly, and whoever
+converts is told why. A library of plain functions without threads: one call works on one file's
+rows.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ _SIGNATURES = {
 }
 
 
-def _load() -> dict[str, Callable[..., int]] | None:
+def _load() -> tuple[dict[str, Callable[..., int]] | None, str | None]:
     spec = find_spec(NAME)
     if spec is None or spec.origin is None:
-        return None
+        return None, "the compiled conversion was not built: v4-ascend was installed without g++"
+    found: dict[str, Callable[..., int]] = {}
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError:  # built for another machine: the plain way is always there
-        return None
-    found: dict[str, Callable[..., int]] = {}
-    for name, arguments in _SIGNATURES.items():
-        function: Any = getattr(library, name)
-        function.argtypes = [_TYPES[a] for a in arguments]
-        function.restype = ctypes.c_int64
-        found[name] = function
-    return found
+        for name, arguments in _SIGNATURES.items():
+            function: Any = getattr(library, name)
+            function.argtypes = [_TYPES[a] for a in arguments]
+            function.restype = ctypes.c_int64
+            found[name] = function
+    except (OSError, AttributeError) as e:  # of another machine, or of another version
+        return None, f"the compiled conversion does not load: {e}"
+    return found, None
 
 
-_functions = _load()
+_functions, MISSING = _load()
 
 
 def is_built() -> bool:
@@ -141,7 +142,7 @@ def _as_stored(
 
 def _call(name: str, *arguments: torch.Tensor | int | None) -> int:
     if _functions is None:
-        raise RuntimeError(f"{NAME} was not built")
+        raise RuntimeError(str(MISSING))
     return _functions[name](*map(_passed, arguments))
 
 

@@ -17,6 +17,7 @@ from v4_ascend.cli.convert import (
     RecipeOption,
     SocOption,
     print_report,
+    slower_because,
 )
 from v4_ascend.errors import ConfigError
 
@@ -86,6 +87,7 @@ def shard_command(
             return
         job.require_space(out)
     job = job_of(whole(checkpoint))
+    slower = slower_because() if to is not None else []
     begun = time.perf_counter()
     with byte_reporter("sharding") as progress:
         n_workers = workers or min(8, os.cpu_count() or 1)
@@ -104,7 +106,7 @@ def shard_command(
             "seconds": round(seconds, 3),
             "bytes_per_s": round(rate),
         }
-        _echo_json("ok", data, [])
+        _echo_json("ok", data, slower)
         return
     if to is not None:
         from v4_ascend.checkpoint.report import read_report
