@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from hub import hub
 from layouts import make_plan
+from modelscope_hub import modelscope_hub, write_package
 from typer.testing import CliRunner
 
 from v4_ascend.checkpoint.folder import CheckpointFolder
 from v4_ascend.checkpoint.shard import Sharding
-from v4_ascend.checkpoint.sources import headers, pinned, whole
+from v4_ascend.checkpoint.sources import FIRST_BYTES, configuration, headers, pinned, whole
 from v4_ascend.checkpoint.sparse import write_sparse
 from v4_ascend.checkpoint.synthetic import write_synthetic
 from v4_ascend.cli.app import app
@@ -79,6 +81,43 @@ def test_offline_a_repository_that_is_not_cached_says_so(monkeypatch, tmp_path):
 def test_modelscope_without_its_package_says_what_is_missing():
     with pytest.raises(ConfigError, match="needs the package modelscope, which is not installed"):
         whole("modelscope:org/name")
+
+
+@pytest.fixture
+def modelscope(tiny, monkeypatch, tmp_path):
+    """A hub of theirs with the tiny model, and a package of their name (see modelscope_hub.py)."""
+    write_package(tmp_path / "packages")
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    with modelscope_hub({("org/tiny", "master"): tiny, ("org/tiny", "v1"): tiny}) as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+        yield server
+    for name in [n for n in sys.modules if n.partition(".")[0] == "modelscope"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_modelscope_brings_headers_for_a_look_and_files_for_work(
+    modelscope, tiny, tmp_path, revision
+):
+    reference = f"modelscope:org/tiny{revision}"
+    here, there = run("inspect", tiny, "--json"), run("inspect", reference, "--json")
+    assert here.exit_code == there.exit_code == 0, there.output
+    assert json.loads(there.stdout) == json.loads(here.stdout)
+    sizes = {f.name: f.stat().st_size for f in tiny.iterdir()}
+    parts = {name: n for name, n in modelscope.sent.items() if n < sizes[name]}
+    assert parts == {name: FIRST_BYTES for name in sizes if sizes[name] > FIRST_BYTES}
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    folder = whole(reference)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
+        f.name: f.read_bytes() for f in tiny.iterdir()
+    }
+    assert configuration(reference) == folder
+
+
+def test_modelscope_names_what_the_hub_does_not_have_in_one_line(modelscope):
+    with pytest.raises(CheckpointError, match="^modelscope:org/tiny@v9: cannot be fetched: .*404"):
+        whole("modelscope:org/tiny@v9")
 
 
 def test_what_is_fetched_is_what_the_hub_has_and_is_fetched_once(served, tiny, monkeypatch):

@@ -1,13 +1,14 @@
 """Where checkpoints come from: a folder of this machine, or a hub.
 
 A reference is a path, ``hf:org/name@revision`` of the Hugging Face hub (whatever `HF_ENDPOINT`
-names; `HF_HUB_OFFLINE` holds) or ``modelscope:org/name@revision``. Without a revision it is the
-hub's main branch.
+names; `HF_HUB_OFFLINE` holds) or ``modelscope:org/name@revision`` (`MODELSCOPE_ENDPOINT`). Without
+a revision it is the hub's main branch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -243,4 +244,7 @@ class _ModelScope:
     def request(self, file: str) -> tuple[str, dict[str, str]]:
         from modelscope.hub.file_download import get_file_download_url
 
-        return get_file_download_url(self._repo, file, self._revision or "master"), {}
+        # 1.40.2 has the variable hold for snapshots alone; before, there was neither.
+        named = os.environ.get("MODELSCOPE_ENDPOINT")
+        place = {"endpoint": named} if named else {}
+        return get_file_download_url(self._repo, file, self._revision or "master", **place), {}
