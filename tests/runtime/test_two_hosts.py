@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,11 +23,9 @@ def ip(*args):
     subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def cable():
-    """A cable of 200 Mbit/s between the hosts, and one to the test."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
+@contextmanager
+def cabled():
+    """Lay a cable of 200 Mbit/s between the hosts, and one to the test."""
     for name in HOSTS:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         ip("netns", "add", name)
@@ -48,6 +47,15 @@ def cable():
     finally:
         for name in HOSTS:
             ip("netns", "del", name)
+
+
+@pytest.fixture(scope="module")
+def cable():
+    """Two hosts with a cable."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    with cabled():
+        yield
 
 
 class Hosts(Box):

@@ -25,6 +25,7 @@ from v4_ascend.deploy.state import Phase, Supervisor, start_time
 from v4_ascend.deploy.vllm.agent import Order
 from v4_ascend.deploy.vllm.canary import canary
 from v4_ascend.deploy.vllm.here import filled_in
+from v4_ascend.deploy.vllm.key import VARIABLE, only_key
 from v4_ascend.deploy.vllm.launches import PROXY, Launch
 from v4_ascend.errors import BackendUnavailableError, ConfigError, DeployError, NotYetError
 from v4_ascend.supernode.plan import Plan
@@ -97,11 +98,7 @@ class VllmDeployment(Deployment):
                 "vllm: no such command on PATH; install vLLM (on Ascend with vllm-ascend), or "
                 "print the commands with --dry-run and run them where it is"
             )
-        if len(t.serve.api_keys) > 1:
-            raise NotYetError(
-                t.where("serve.api_keys"),
-                f"serve.api_keys: {len(t.serve.api_keys)}; vLLM takes one from its environment",
-            )
+        only_key(t)
         if not any(x.role == "proxy" for x in self.launches):
             return
         if t.model.reference is not None:
@@ -129,13 +126,12 @@ class VllmDeployment(Deployment):
             self._start_remote(launch.name, launch.host, "v4_ascend.deploy.vllm.agent", order)
 
     def _key(self) -> dict[str, str]:
-        """Return the API key as vLLM reads it: by its environment, which `ps` does not show."""
-        keys = self.topology.serve.api_keys
-        return {"VLLM_API_KEY": keys[0]} if keys else {}
+        key = only_key(self.topology)
+        return {VARIABLE: key} if key else {}
 
     def _headers(self) -> dict[str, str]:
-        keys = self.topology.serve.api_keys
-        return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        key = only_key(self.topology)
+        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _wait_for(self, launch: Launch, deadline: float, timeout_s: float) -> None:
         """Wait until a process answers; one without an API must only live."""
