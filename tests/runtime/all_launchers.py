@@ -28,6 +28,7 @@ from v4_ascend.config.topology import load_topology
 from v4_ascend.deploy.containers import kubernetes
 from v4_ascend.supernode.planning import bundled_model
 
+PATH = IMAGE["PATH"]
 PORT, KEY = 18000, "key-of-the-drill"
 DEVICES = {  # device, devices of a host, layout of two hosts
     "cpu": ("cpu", 1, {"pp_size": 2}),
@@ -100,7 +101,7 @@ def files(case, folder):
     return written
 
 
-def start(case, folder, models, log):
+def start(case, folder, models):
     """Start a container for each host; return them, the first one first."""
     bin_ = folder / "bin"
     bin_.mkdir()
@@ -108,7 +109,7 @@ def start(case, folder, models, log):
     source = Path(__file__).with_name("vllm_of_ours.py")
     vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {source} "$@"\n')
     vllm.chmod(0o755)
-    IMAGE["PATH"] = f"{bin_}:{Path(sys.executable).parent}:/usr/bin:/bin:/usr/sbin:/sbin"
+    IMAGE["PATH"] = f"{bin_}:{PATH}"
     written = files(case, folder)  # planned where no checkpoint is: by the model's name
     shutil.copytree(models, folder / ("tiny" if case.engine == "native" else "flash"))
     names = folder / "hosts"
@@ -156,7 +157,7 @@ def answered(case, models, seconds=200):
     folder, containers = Path(tempfile.mkdtemp(prefix="v4-launcher-")), []
     try:
         began = time.monotonic()
-        containers = start(case, folder, models, folder / "log")
+        containers = start(case, folder, models)
 
         def healthy():
             for c in containers:
@@ -164,6 +165,8 @@ def answered(case, models, seconds=200):
             return containers[0].is_healthy()
 
         wait_for(healthy, seconds=seconds)
+        if (case.engine, case.launcher) == ("native", "ascend-job"):  # has no readiness probe
+            wait_for(lambda: httpx.get(f"http://{FRONT}:{PORT}/ready").status_code == 200, seconds)
         took = time.monotonic() - began
         url = f"http://{FRONT}:{PORT}/v1/chat/completions"
         model = "v4-tiny" if case.engine == "native" else "v4-flash"
@@ -183,6 +186,7 @@ def answered(case, models, seconds=200):
             say(f"--- {c.log}\n{c.said()}")
         raise
     finally:
+        IMAGE["PATH"] = PATH
         for c in containers:
             if c.process.poll() is None:
                 c.kill()
