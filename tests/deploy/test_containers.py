@@ -520,7 +520,7 @@ def test_the_command_prints_or_writes_and_says_what_to_type(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--set", "launcher=docker"), "launcher: docker: deploy starts no containers yet; "),
+        (("--set", "launcher=docker", "--out", "x"), "--out: goes with --dry-run"),
         (("--dry-run", "--out", "x"), "--out: is of launchers docker and kubernetes, not local"),
         (("--set", "launcher=docker", "--emulate", "2"), "--emulate: runs processes here"),
         (("--set", "launcher=docker", "--conformance"), "--conformance: nothing is started here"),

@@ -127,10 +127,7 @@ def main():
             assert done.returncode == 0, done.stderr
             drill(hosts)
         finally:
-            hosts.run("down", "two")
-            for server in hosts.servers:
-                server.terminate()
-                server.wait(10)
+            hosts.end()
     shutil.rmtree(folder)
 
 

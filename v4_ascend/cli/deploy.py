@@ -81,9 +81,13 @@ def deploy_command(
         from v4_ascend.cli import deploy_containers
 
         deploy_containers.refuse(emulate=emulate, conformance=conformance)
-        if not dry_run:
-            deploy_containers.refuse_to_start(wanted, topology)
-        deploy_containers.dry_run(wanted, out, as_json=as_json)
+        if dry_run:
+            deploy_containers.dry_run(wanted, out, as_json=as_json)
+        elif out is not None or as_json:
+            raise ConfigError("--out" if out is not None else "--json", "goes with --dry-run")
+        else:
+            is_downtime = replace is Replace.DOWNTIME
+            deploy_containers.start(wanted, timeout, is_downtime=is_downtime)
         return
     if out is not None:
         raise ConfigError("--out", f"is of launchers docker and kubernetes, not {wanted.launcher}")

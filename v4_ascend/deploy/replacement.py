@@ -176,8 +176,11 @@ class Successor(Deployment):
         # First the address: without it nothing is stopped.
         address = address_of(self._before, self.url) or super()._take_address()
         self.down_since = time.monotonic()
-        stop_other(self._before, self.drain_s, self.report)
+        self._stop_other(self._before)
         return address
+
+    def _stop_other(self, other: Supervisor) -> None:
+        stop_other(other, self.drain_s, self.report)
 
     def _take_over(self) -> None:
         super()._take_over()
