@@ -22,7 +22,14 @@ from v4_ascend.deploy.doctor.facts import (
     Probed,
     Space,
 )
-from v4_ascend.deploy.doctor.gathering import CGROUP_LIMITS, DRIVER, GPU_QUERY
+from v4_ascend.deploy.doctor.gathering import (
+    CGROUP_LIMITS,
+    DRIVER,
+    GPU_QUERY,
+    NVLINK,
+    SPOD,
+    ping,
+)
 from v4_ascend.deploy.doctor.preflight import judge
 
 SMI = "npu-smi info"
@@ -113,6 +120,33 @@ def both(*changes):
     return change
 
 
+def every(start, old, new):
+    """Change what all commands of a beginning printed."""
+
+    def change(facts):
+        for line in [c for c in facts.commands if c.startswith(start)]:
+            facts = edits(line, old, new)(facts)
+        return facts
+
+    return change
+
+
+def no_link_of(gpu):
+    def change(facts):
+        before, head, after = facts.commands[NVLINK].text.partition(f"GPU {gpu}:")
+        after = after.replace("26.562 GB/s", "<inactive>", 18)
+        return command(NVLINK, before + head + after)(facts)
+
+    return change
+
+
+LOST = """\
+device 3 PING 192.168.1.4
+recv time out seq=0
+recv time out seq=1
+recv time out seq=2
+3 packets transmitted, 0 received, 100.00% packet loss
+"""
 TABLE = "/etc/hccl.json"
 VLLM = {"engine": "vllm"}
 TLS_ON = "tls switch[1]"
@@ -230,6 +264,22 @@ BROKEN = [
            without("interfaces", "eth0"), 2),
     Broken("MTU differs", "a2", "network.mtu", "1500 on host-a; 9000 on host-b",
            merges("interfaces", eth0=Interface("10.0.0.2", 9000)), 2),
+    Broken("devices at two places of a supernode", "a3", "network.supernode",
+           "have Server Index 1 and 4",
+           command(f"{SPOD} -i 3 -c 1", recorded.A3_PLACE.format(sdid=1, server=4)), 2),
+    Broken("an SDID twice", "a3", "network.supernode", "two of its devices have SDID 33554432",
+           command(f"{SPOD} -i 3 -c 1", recorded.A3_PLACE.format(sdid=33554432, server=1)), 2),
+    Broken("two hosts at one place", "a3", "network.supernode",
+           "host-a too is server 0 of supernode 0", every(SPOD, ": 1\n", ": 0\n"), 2),
+    Broken("two supernodes where one is planned", "950", "network.supernode",
+           "different Super Pod IDs: 3 on host-a; 8 on host-b",
+           every(SPOD, "ID                   : 3", "ID                   : 8"), 2),
+    Broken("a GPU without NVLink", "gpu", "network.nvlink", "GPU 5 has 0 of 18 NVLinks up",
+           no_link_of(5)),
+    Broken("NPUs of two hosts do not reach each other", "a2", "network.ping",
+           "NPU port 3 does not reach 192.168.1.4 of another host",
+           both(lambda f: recorded.pinged(f, "192.168.1", 8),
+                command(ping(3, "192.168.1.4"), LOST)), 2),
     Broken("port used", "cpu", "network.ports", "nginx", sets(busy={8000: TAKEN})),
     Broken("host down", "cpu", "network.ssh", "Connection timed out", sets(), 2,
            problem="ssh ended with exit code 255, saying: Connection timed out"),

@@ -1,5 +1,6 @@
 """Hosts that are well, from recorded outputs: the ground that broken set-ups are made on."""
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -7,7 +8,7 @@ import msgspec
 from v4_ascend import __version__
 from v4_ascend.deploy.doctor.facts import Checkpoint, Facts, Interface, Output, Space
 from v4_ascend.deploy.doctor.finding import Expected
-from v4_ascend.deploy.doctor.gathering import DRIVER, GPU_QUERY, INSTALL
+from v4_ascend.deploy.doctor.gathering import DRIVER, GPU_QUERY, INSTALL, NVLINK, ping
 
 DATA = Path(__file__).parent.parent / "data" / "doctor"
 TOOLKIT = "/usr/local/Ascend/ascend-toolkit/latest/aarch64-linux/ascend_toolkit_install.info"
@@ -63,9 +64,33 @@ def a2():
     return _npu("25.5.0", commands=commands, nodes=nodes)
 
 
+# As the published source of npu-smi prints it; A3's numbers are those of Ascend SHMEM's README.
+A3_PLACE = """\
+\tSDID                           : {sdid}
+\tSuper Pod Size                 : 384
+\tSuper Pod ID                   : 0
+\tServer Index                   : {server}
+"""
+PLACE_950 = """\
+\tSuper Pod Size                 : 64
+\tSuper Pod ID                   : 3
+\tChassis ID                     : {server}
+"""
+
+
+def _places(rows, sample, server=0):
+    return {
+        f"npu-smi info -t spod-info -i {npu} -c {chip}": Output(
+            0, sample.format(sdid=16777216 + 65536 * i, server=server)
+        )
+        for i, (npu, chip) in enumerate(rows)
+    }
+
+
 def a3():
     """One Atlas A3 of 8 packages: 16 devices."""
     commands = {"npu-smi info": Output(0, text("a3_npu_smi_info.txt"))} | _roce(16)
+    commands |= _places([(d // 2, d % 2) for d in range(16)], A3_PLACE)
     nodes = (*(f"davinci{d}" for d in range(16)), "davinci_manager", "devmm_svm", "hisi_hdc")
     return _npu("25.2.1", commands=commands, nodes=nodes)
 
@@ -91,6 +116,7 @@ def a950(n=8):
     for d in range(n):
         commands[f"hccn_tool -g -dev_info -i {d}"] = Output(0, UB_PORTS)
         commands[f"hccn_tool -g -tls -i {d}"] = Output(0, text("950_hccn_tls.txt"))
+    commands |= _places([(d, 0) for d in range(n)], PLACE_950)
     nodes = (*(f"davinci{d}" for d in range(n)), "davinci_manager", "hisi_hdc", "ummu", "uburma")
     base = _npu("25.7.rc1.6", commands=commands, nodes=nodes)
     files = base.files | {"/etc/hccl_rootinfo.json": "{}"}
@@ -100,7 +126,9 @@ def a950(n=8):
 def gpu():
     """A host of 8 H200."""
     rows = "".join(f"{i}, NVIDIA H200, 570.86.15, 143771, 4, 0\n" for i in range(8))
-    return _facts(commands={GPU_QUERY: Output(0, rows)})
+    links = "".join(f"\t Link {n}: 26.562 GB/s\n" for n in range(18))
+    nvlink = "".join(f"GPU {i}: NVIDIA H200 (UUID: GPU-{i})\n{links}" for i in range(8))
+    return _facts(commands={GPU_QUERY: Output(0, rows), NVLINK: Output(0, nvlink)})
 
 
 def cpu():
@@ -116,11 +144,38 @@ _DEVICES = {"a2": ("npu", "a2", 8), "a3": ("npu", "a3", 16), "950": ("npu", "950
 def expected(base, n_hosts=1, **changes):
     """What a topology of such hosts needs of each."""
     kind, family, n = _DEVICES[base]
-    given = {"n_hosts": n_hosts, "n_ranks": n * n_hosts, "has_topology": True}
+    given = {"n_hosts": n_hosts, "n_ranks": n * n_hosts, "has_topology": True, "supernode": "s"}
     return Expected(kind=kind, family=family, n_devices=n, **(given | changes))
 
 
 def second(facts):
-    """The same host at another address."""
+    """The same host at another address, and another place of a supernode."""
     interfaces = facts.interfaces | {"eth0": Interface("10.0.0.2", facts.interfaces["eth0"].mtu)}
-    return msgspec.structs.replace(facts, interfaces=interfaces, address="10.0.0.2")
+    commands = {}
+    for line, output in facts.commands.items():
+        said = output.text
+        if "spod-info" in line:
+            said = re.sub(r"((Server Index|Chassis ID) +: )0", r"\g<1>1", said)
+            said = re.sub(r"(SDID +: )(\d+)", lambda m: f"{m[1]}{int(m[2]) + 2**24}", said)
+        commands[line] = Output(output.code, said.replace("192.168.1.", "192.168.2."))
+    return msgspec.structs.replace(
+        facts, interfaces=interfaces, address="10.0.0.2", commands=commands
+    )
+
+
+PINGED = """\
+device {d} PING {address}
+recv seq=0,time=0.137000ms
+recv seq=1,time=0.046000ms
+recv seq=2,time=0.058000ms
+3 packets transmitted, 3 received, 0.00% packet loss
+"""
+
+
+def pinged(facts, network, n):
+    """A host whose devices all reach those of another one."""
+    said = {
+        ping(d, f"{network}.{d + 1}"): Output(0, PINGED.format(d=d, address=f"{network}.{d + 1}"))
+        for d in range(n)
+    }
+    return msgspec.structs.replace(facts, commands=facts.commands | said)

@@ -26,7 +26,7 @@ def main():
     sys.stdout.write(f"started {json.dumps(values)}\n")
     sys.stdout.flush()
     subprocess.Popen([sys.executable, "-c", IGNORING, os.environ["STAND_IN_MARK"]])
-    if FAULT == "dies":
+    if FAULT == "dies" or (FAULT == "dies of more" and values["max-num-seqs"] > 4):
         raise SystemExit("no NPU here")
     if values.get("headless"):
         signal.pause()

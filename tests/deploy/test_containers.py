@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from v4_ascend.cli.app import app
 from v4_ascend.cli.deploy_containers import written
+from v4_ascend.cli.deploy_vllm import planned_pools
 from v4_ascend.config.topology import load_topology
 from v4_ascend.deploy.containers.platforms import platforms
 from v4_ascend.deploy.doctor.matrix import matrix
+from v4_ascend.deploy.vllm.launches import launches
 from v4_ascend.deploy.vllm.recipes import recipes
 from v4_ascend.errors import ConfigError, NotYetError
 from v4_ascend.supernode.planning import deploy_plan, find_model
@@ -143,6 +145,93 @@ def test_manifests_are_valid_and_fit_together(family, workload, tmp_path):
     assert others_probes == set()
     # A service that leads to ready pods alone must not be what makes a pod ready.
     assert ("readinessProbe" in container(first)) is (workload != "ascend-job")
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("family", ["a2", "a3", "950", "hopper"])
+def test_manifests_of_vllm_are_valid_and_run_its_commands(family, workload, tmp_path):
+    vllm = {"engine": "vllm", "runtime": {"max_chunk": 512}}
+    if workload == "ascend-job":
+        says = "ascend-job is of NPUs" if family == "hopper" else "vLLM's hosts meet at several"
+        with pytest.raises(ConfigError, match=says):
+            kubernetes(family, tmp_path, workload, **vllm)
+        return
+    found = kubernetes(family, tmp_path, workload, **vllm)
+    for document in found.values():
+        assert manifest_schemas.manifest_problems(document) == []
+    wanted = topology(family, tmp_path, **vllm)
+    as_run = {"LWS_LEADER_ADDRESS": "first", "LWS_WORKER_INDEX": "1", "VC_TASK_INDEX": "0"}
+    for launch, template in zip(published_launches(wanted), templates(found), strict=True):
+        args = [expanded(a, as_run) for a in container(template)["args"]]
+        assert args[2] == "first" or args[2].startswith("it-first-0.")
+        own = without(launch.argv, "--data-parallel-start-rank", "--data-parallel-address")
+        assert args[3:] == own
+        env = {e["name"]: e.get("value") for e in container(template)["env"]}
+        told = {k: v for k, v in launch.env.items() if not v.startswith("{")}
+        assert told.items() <= env.items()
+        interfaces = {k for k, v in launch.env.items() if v == "{interface}"}
+        assert interfaces == set(re.findall(r"^export (\w+)=", script_of(found), re.MULTILINE))
+        assert {k for k, v in launch.env.items() if v == "{address}"} <= {
+            e["name"] for e in container(template)["env"] if "valueFrom" in e
+        }
+
+
+def published_launches(wanted):
+    return launches(wanted, planned_pools(wanted))
+
+
+def script_of(manifests):
+    return manifests["ConfigMap"]["data"]["start.sh"]
+
+
+def expanded(word, variables):
+    """A word of a pod's command, as a kubelet expands it."""
+    return re.sub(
+        r"\$\$|\$\((\w+)\)", lambda m: "$" if m[1] is None else variables.get(m[1], m[0]), word
+    )
+
+
+def without(words, *flags):
+    """A command without some flags and their values."""
+    kept = list(words)
+    for flag in flags:
+        if flag in kept:
+            i = kept.index(flag)
+            del kept[i : i + 2]
+    return kept
+
+
+def test_one_pod_of_vllm_needs_no_image_of_ours_and_its_key_is_a_secret(tmp_path):
+    one = {"supernodes": [{"name": "s", "host_count": 1, "devices_per_host": 16}]}
+    wanted = topology(
+        "a3", tmp_path, launcher="kubernetes", engine="vllm", cluster=one,
+        runtime={"max_chunk": 512}, layout={"dp_size": 4, "tp_size": 4, "ep_size": 16},
+        serve={"api_keys": ["of-mine"]},
+        kubernetes={"workload": "ascend-job"}, model={"checkpoint": "/models/$(HOME)"},
+    )  # fmt: skip
+    found = written(wanted)
+    assert "of-mine" not in found.shown() + " ".join(found.steps)
+    assert found.private == {"key": "of-mine"}
+    assert found.steps[0].endswith("create secret generic it-secret --from-file=key={out}/key")
+    manifests = {d["kind"]: d for d in yaml.safe_load_all(found.files["manifests.yaml"])}
+    for document in manifests.values():
+        assert manifest_schemas.manifest_problems(document) == []
+    pod = container(templates(manifests)[0])
+    assert pod["image"] == f"quay.io/ascend/vllm-ascend:v{recipes().vllm_ascend}-a3"
+    assert expanded(pod["args"][5], {"HOME": "/root"}) == "/models/$(HOME)"
+    keys = [e["valueFrom"]["secretKeyRef"] for e in pod["env"] if e["name"] == "VLLM_API_KEY"]
+    assert keys == [{"name": "it-secret", "key": "key"}]
+    assert "data-parallel" not in script_of(manifests)
+    two = topology("a3", tmp_path, launcher="docker", engine="vllm", runtime={"max_chunk": 512},
+                   serve={"api_keys": ["a", "b"]})  # fmt: skip
+    with pytest.raises(NotYetError, match="serve.api_keys: 2; vLLM takes one"):
+        written(two)
+
+
+def test_pods_with_other_numbers_of_dp_ranks_are_refused(tmp_path):
+    hosts = {"supernodes": [{"name": "s", "host_count": 3, "devices_per_host": 6}]}
+    with pytest.raises(NotYetError, match=r"as many DP ranks on every host; .* at 0, 6, 12"):
+        kubernetes("hopper", tmp_path, engine="vllm", cluster=hosts, runtime={"max_chunk": 512})
 
 
 PLANTED = {
@@ -379,7 +468,6 @@ def test_vllms_key_is_in_a_file_of_its_own(tmp_path):
             "^container.image: missing; nodes pull one .*docker build",
         ),
         ({"name": "it-"}, ConfigError, "name: 'it-': names in Kubernetes"),
-        ({"engine": "vllm"}, NotYetError, "engine: not yet; deploy does 'native' there"),
         (
             {"cluster": {"device": "cpu-emulated-npu"}, "layout": "auto"},
             NotYetError,
@@ -432,7 +520,7 @@ def test_the_command_prints_or_writes_and_says_what_to_type(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--set", "launcher=docker"), "launcher: docker: deploy starts no containers yet; "),
+        (("--set", "launcher=docker", "--out", "x"), "--out: goes with --dry-run"),
         (("--dry-run", "--out", "x"), "--out: is of launchers docker and kubernetes, not local"),
         (("--set", "launcher=docker", "--emulate", "2"), "--emulate: runs processes here"),
         (("--set", "launcher=docker", "--conformance"), "--conformance: nothing is started here"),

@@ -20,9 +20,10 @@ from v4_ascend.deploy.doctor import outputs, preflight
 from v4_ascend.deploy.doctor.checkpoint import look_at
 from v4_ascend.deploy.doctor.facts import Answer, Facts, Question
 from v4_ascend.deploy.doctor.finding import Expected
-from v4_ascend.deploy.doctor.gathering import Machine, gather
+from v4_ascend.deploy.doctor.gathering import Machine, gather, ping
 from v4_ascend.deploy.doctor.matrix import matrix
 from v4_ascend.deploy.doctor.operators import read_probe, run_probe
+from v4_ascend.deploy.doctor.pings import with_pings
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +73,60 @@ def test_gpus_with_and_without_ecc():
 
 def test_ports_of_a_950():
     assert outputs.ub_ports(recorded.UB_PORTS) == {"0/4": "UP", "0/5": "UP"}
+
+
+def test_places_in_a_supernode():
+    a3 = outputs.place(recorded.A3_PLACE.format(sdid=7, server=40))
+    assert (a3.sdid, a3.pod, a3.server) == ("7", "0", "40")
+    a950 = outputs.place(recorded.PLACE_950.format(server=2))
+    assert (a950.sdid, a950.pod, a950.server) == (None, "3", "2")
+    unset = recorded.A3_PLACE.replace(
+        "ID                   : 0", "ID                   : 4294967295"
+    )
+    for text in ("", "The device does not support querying spod-info.\n", unset):
+        assert outputs.place(text) is None
+
+
+def test_nvlinks_count_by_their_speed():
+    text = (
+        "GPU 0: NVIDIA H100 PCIe (UUID: GPU-6968)\n\t Link 0: 26.562 GB/s\n\t Link 1: <inactive>\n"
+        "GPU 1: NVIDIA H100 PCIe (UUID: GPU-6969)\n\t Link 0: 0 GB/s\n\t Link 1: what is this\n"
+    )
+    assert outputs.nvlinks(text) == {0: (1, 2), 1: (0, 2)}
+    assert outputs.nvlinks("NVML: Unable to retrieve NVLink information\n") == {}
+
+
+def test_devices_ask_those_of_the_next_host_by_their_addresses():
+    first = Answer("host-a", recorded.a2())
+    second = Answer("host-b", recorded.second(recorded.a2()))
+    asked = []
+
+    def ask(questions):
+        asked.extend(questions)
+        return [Answer(q.host, recorded.pinged(recorded.cpu(), "192.168.2", 8)) for q in questions]
+
+    found = with_pings([first, second], ask)
+    assert [q.commands[0] for q in asked] == [ping(0, "192.168.2.1"), ping(0, "192.168.1.1")]
+    assert all(len(q.commands) == 8 for q in asked)
+    assert set(asked[0].commands) <= set(found[0].facts.commands)
+    assert found[1].facts.commands == second.facts.commands  # nothing that was not asked is taken
+    well = preflight.judge(found[:1], {"host-a": recorded.expected("a2", 2)})
+    assert "8 NPU ports reach another host's" in [f.what for f in well]
+    assert with_pings([first], None) == [first]
+    without = Answer("host-b", problem="down")
+    assert with_pings([first, without], None) == [first, without]
+
+
+def test_of_what_is_asked_nothing_but_pings_is_run():
+    ran = []
+
+    class Recorded(Machine):
+        def run(self, command):
+            ran.append(command)
+
+    commands = (ping(0, "10.0.0.1"), "rm -rf /", "hccn_tool -i 0 -ping -g address 10.0.0.1 pkt 9")
+    gather(Question("here", kind="cpu", commands=commands), Recorded(time.monotonic() + 5))
+    assert ran == [ping(0, "10.0.0.1")]
 
 
 @pytest.mark.parametrize("n_hosts", [1, 2])

@@ -93,6 +93,23 @@ def test_with_consequences_alone_the_silent_rank_is_suspected():
     assert "or on a rank without an error: 2" in text
 
 
+ENDED = "torch.distributed.elastic.multiprocessing.api.SignalException: got signal: 15\n"
+
+
+def test_ranks_that_were_told_to_end_are_no_fault():
+    verdict, findings = verdict_of({"ranks.log": ENDED})
+    text = "\n".join(verdict_lines(verdict, None, findings.files_without_time))
+    assert text.startswith("no fault in these logs: processes were told to end (signal 15)")
+    code, said, _ = command("-", "--json", stdin=ENDED.encode())
+    assert (code, json.loads(said)["data"]["result"]) == (0, "told to end")
+
+
+def test_a_fault_beside_a_process_that_was_told_to_end_is_still_named():
+    verdict, _ = verdict_of({"ranks.log": ENDED + "[rank1]: error code is 507035\n"})
+    assert not verdict.is_told_to_end
+    assert verdict.first.entry.id == "507035"
+
+
 def test_a_log_without_times_comes_last_and_is_said_to_have_none():
     logs = {
         "a.log": "[rank0]: error code is 507054\n",

@@ -15,10 +15,11 @@ from v4_ascend.cli.deploy_vllm import planned
 from v4_ascend.config.topology import load_topology
 from v4_ascend.deploy.vllm.arguments import arguments, parse
 from v4_ascend.deploy.vllm.canary import agreement
-from v4_ascend.deploy.vllm.deployment import VllmDeployment
+from v4_ascend.deploy.vllm.deployment import require_startable
 from v4_ascend.deploy.vllm.extract_arguments import extract
 from v4_ascend.deploy.vllm.launches import PROXY, launches
 from v4_ascend.deploy.vllm.show import script
+from v4_ascend.deploy.vllm.work import Work, differences
 from v4_ascend.errors import ConfigError, DeployError, NotYetError
 from v4_ascend.supernode.planning import find_model, plan_pools
 
@@ -295,10 +296,36 @@ def test_the_proxy_has_a_port_of_its_own():
     assert launches(topology, pools)[-1].url == "http://127.0.0.1:9000"
 
 
+def work(*changes):
+    topology = load_topology("pro-prefill-decode", ["engine=vllm", "serve.port=9000", *changes])
+    return Work.of(topology, *reversed(planned(topology)))
+
+
+def test_what_differs_is_said_once_for_all_processes_that_have_it_in_common(tmp_path):
+    before = work()
+    assert differences(before, work()) == []
+    assert before.digest == work().digest
+    after = work("serve.max_model_len=65536", "serve.api_keys=[of-mine]", "serve.port=9001")
+    found = {d.what: d for d in differences(before, after)}
+    length, n = found["--max-model-len"], len(before.launches) - 1
+    assert (length.running, length.wanted, length.n_processes) == ("131072", "65536", n)
+    assert found["serve.api_keys"].wanted == "(hidden)"
+    names = {x.launches[-1].name for x in (before, after)}
+    assert {d.what for d in found.values() if "proxy" in d.what} == names
+    assert before.digest != after.digest
+    assert "of-mine" not in str(found)
+    after.write(tmp_path)
+    assert Work.read(tmp_path) == after
+    assert (tmp_path / "launches.json").stat().st_mode & 0o077 == 0
+    (tmp_path / "launches.json").write_text("{}")
+    with pytest.raises(DeployError, match="says not what runs"):
+        Work.read(tmp_path)
+
+
 def test_a_reference_that_nobody_would_compare_is_refused(monkeypatch):
     asked = ["engine=vllm", "model.reference=record.safetensors"]
     topology = load_topology("pro-prefill-decode", asked)
-    found, plan = planned(topology)
+    found, _ = planned(topology)
     monkeypatch.setattr("shutil.which", lambda name: name)
     with pytest.raises(NotYetError, match="model.reference: not yet with prefill and decode apart"):
-        VllmDeployment(topology, plan, found, print, 0.0).run(1.0)
+        require_startable(topology, found)

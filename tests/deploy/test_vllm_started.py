@@ -166,3 +166,29 @@ def test_without_vllm_nothing_is_started(place):
     done = place.deploy()
     assert done.returncode == 4
     assert "no such command on PATH" in done.stderr
+
+
+def test_other_commands_replace_those_that_run_with_downtime_and_a_way_back(place):
+    assert place.deploy("--detach").returncode == 0
+    (before,) = json.loads(place.run("status", "--json").stdout)["data"]
+    more = ("--set", "serve.concurrency=64")
+    said = place.deploy("--dry-run", *more).stdout
+    assert "--max-num-seqs  4 -> 8  of 2 processes" in said
+    assert "--replace downtime stops it first" in said
+    data = json.loads(place.deploy("--dry-run", "--json", *more).stdout)["data"]
+    assert (data["action"], data["changes"][0]["n_processes"]) == ("refuse", 2)
+    refused = place.deploy("--detach", *more)
+    assert refused.returncode == 6
+    assert "vLLM cannot wait beside them; --replace downtime stops it first" in refused.stderr
+
+    # What does not become ready is taken back, and the one before serves again.
+    failed = place.deploy("--detach", "--replace", "downtime", *more, STAND_IN_FAULT="dies of more")
+    assert failed.returncode == 6, failed.stderr
+    assert "gone back: ready: " in failed.stderr
+    (again,) = json.loads(place.run("status", "--json").stdout)["data"]
+    assert again["pid"] != before["pid"]
+
+    done = place.deploy("--detach", "--replace", "downtime", *more)
+    assert done.returncode == 0, done.stderr
+    assert "was down for " in done.stderr
+    assert '"max-num-seqs": 8' in place.run("logs", "standing-in").stdout

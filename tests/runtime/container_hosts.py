@@ -2,7 +2,8 @@
 
 A host is a network namespace. A container is a process in it with exactly the command, the
 variables and the mounts that are written, in a mount namespace of its own; PATH, PYTHONPATH and a
-number of threads stand for an image.
+number of threads stand for an image. Drivers that a host of devices has, and CANN's scripts of an
+image, are empty files here. Users, limits and devices of a container are not part of it.
 """
 
 import os
@@ -62,10 +63,13 @@ def pids(name):
 class Container:
     """A process with what a container of this command, these variables and mounts would have."""
 
-    def __init__(self, host, command, env, mounts, log):
-        """Start it; a mount is (source, place inside), and source None is an empty folder."""
-        self.host, self.log = host, log
-        lines = ["set -e", "mount -t tmpfs -o mode=755 tmpfs /run"]
+    def __init__(self, host, command, env, mounts, log, healthy=None):
+        """Start it; a mount is (source, place inside), and source None is an empty folder.
+
+        `healthy` asks whether it is: a command of its own, or the URL of a probe.
+        """
+        self.host, self.log, self._healthy = host, log, healthy
+        lines = ["set -e", "mount -t tmpfs -o mode=755 tmpfs /run", *_drivers(mounts)]
         for source, inside in mounts:
             place, from_ = shlex.quote(str(inside)), shlex.quote(str(source))
             if source is None:
@@ -82,6 +86,16 @@ class Container:
         with log.open("wb") as out:
             self.process = subprocess.Popen(shell, stdout=out, stderr=subprocess.STDOUT)
 
+    def is_healthy(self):
+        """Ask as a healthcheck or a readiness probe would."""
+        if isinstance(self._healthy, str):
+            words = ["curl", "-sf", "-o", "/dev/null", "-m", "5", self._healthy]
+        else:
+            words = ["env", f"PATH={IMAGE['PATH']}", *self._healthy]
+        done = subprocess.run(["ip", "netns", "exec", self.host, *words], capture_output=True,
+                              timeout=30, check=False)  # fmt: skip
+        return done.returncode == 0
+
     def said(self):
         return self.log.read_text()
 
@@ -92,32 +106,78 @@ class Container:
         self.process.wait(10)
 
 
-def from_compose(file, host, hosts_file, log):
-    """Start the one service of a compose file."""
+def _drivers(mounts):
+    """Return how to make what a host of devices has and this machine lacks, in layers above it."""
+    lacks = {Path(s): Path(inside) for s, inside in mounts if s and not Path(s).exists()}
+    if not lacks:
+        return []
+    made = list(CANN)
+    made += [f"{p}/" if p.name in FOLDERS else str(p) for p in map(Path, lacks)]
+    lines = []
+    for i, top in enumerate(LAYERED):
+        if not any(p.startswith(f"{top}/") for p in made):
+            continue
+        upper, work = f"/run/layers/{i}/upper", f"/run/layers/{i}/work"
+        lines.append(f"mkdir -p {upper} {work}")
+        options = f"lowerdir={top},upperdir={upper},workdir={work}"
+        lines.append(f"mount -t overlay overlay -o {options} {top}")
+    for path in made:
+        lines.append(f"mkdir -p {path}" if path.endswith("/") else f"install -D /dev/null {path}")
+    return lines
+
+
+LAYERED = ("/usr/local", "/etc", "/lib", "/usr/bin")
+FOLDERS = ("dcmi", "lib64", "driver", "hixlep")
+CANN = (
+    "/usr/local/Ascend/ascend-toolkit/set_env.sh",
+    "/usr/local/Ascend/nnal/atb/set_env.sh",
+)
+
+
+def from_compose(file, host, hosts_file, log, shell=()):
+    """Start the one service of a compose file; `shell` are variables of who types the command."""
+    given = dict(shell)
+
+    def interpolated(text):
+        found = re.sub(r"\$\$|\$\{(\w+):\?[^}]*\}", lambda m: given[m[1]] if m[1] else "$", text)
+        assert "${" not in found, found
+        return found
+
     ((_, service),) = yaml.safe_load(file.read_text())["services"].items()
     mounts = [(hosts_file, "/etc/hosts")]  # a container on the host's network has the host's
     for volume in service["volumes"]:
         assert (volume["type"], volume["read_only"]) == ("bind", True)
         source = Path(os.path.normpath(file.parent / volume["source"]))
-        assert source.exists()
         mounts.append((source, volume["target"]))
     mounts += [(None, t.partition(":")[0]) for t in service["tmpfs"]]
-    command = [w.replace("$$", "$") for w in service["entrypoint"] + service["command"]]
-    env = {k: v.replace("$$", "$") for k, v in service["environment"].items() if v is not None}
-    return Container(host, command, env, mounts, log)
+    command = [interpolated(w) for w in service["entrypoint"] + service["command"]]
+    env = {k: interpolated(v) for k, v in service["environment"].items() if v is not None}
+    for name in service.get("env_file", []):
+        lines = Path(os.path.normpath(file.parent / name)).read_text().splitlines()
+        env |= dict(line.split("=", 1) for line in lines)
+    test = service.get("healthcheck", {}).get("test", [None])
+    return Container(host, command, env, mounts, log, test[1:])
 
 
 def from_pod(template, config_maps, secrets, given, host, hosts_file, folder):
     """Start the one container of a pod; `given` are variables that its controller sets."""
     (container,) = template["spec"]["containers"]
     fields = {"status.podIP": HOSTS[host]}
+    resources = container.get("resources", {}).get("limits", {})
+    fields |= {f"metadata.annotations['{name}']": "all" for name in resources}  # the scheduler's
     env = dict(given)
     for entry in container["env"]:
-        field = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
-        env[entry["name"]] = entry["value"].replace("$$", "$") if field is None else fields[field]
+        source = entry.get("valueFrom", {})
+        if "fieldRef" in source:
+            env[entry["name"]] = fields[source["fieldRef"]["fieldPath"]]
+        elif "secretKeyRef" in source:
+            key = source["secretKeyRef"]
+            env[entry["name"]] = secrets[key["name"]][key["key"]]
+        else:
+            env[entry["name"]] = entry["value"].replace("$$", "$")
 
     def expanded(word):
-        return re.sub(r"\$\((\w+)\)", lambda m: env[m[1]], word)
+        return re.sub(r"\$\$|\$\((\w+)\)", lambda m: env[m[1]] if m[1] else "$", word)
 
     sources = {}
     for volume in template["spec"]["volumes"]:
@@ -138,4 +198,10 @@ def from_pod(template, config_maps, secrets, given, host, hosts_file, folder):
         sources[name] = source
     mounts = [(sources[m["name"]], m["mountPath"]) for m in container["volumeMounts"]]
     command = [expanded(w) for w in container["command"] + container["args"]]
-    return Container(host, command, env, [(hosts_file, "/etc/hosts"), *mounts], folder / "log")
+    probe, ports = container.get("readinessProbe") or container.get("startupProbe"), {}
+    url = None
+    if probe is not None:
+        ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+        get = probe["httpGet"]
+        url = f"http://{HOSTS[host]}:{ports[get['port']]}{get['path']}"
+    return Container(host, command, env, [(hosts_file, "/etc/hosts"), *mounts], folder / "log", url)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import all_launchers
 import container_hosts
 import httpx
 import pytest
@@ -163,3 +164,12 @@ def test_pods_of_a_leader_worker_set_start_and_answer(tiny, tmp_path, started):
     assert pods[0].process.wait(60) == 6, pods[0].said()
     assert ") is being stopped" in pods[0].said()
     assert wait_for(lambda: not pids(ONE) + pids(TWO), seconds=10)
+
+
+@pytest.mark.slow
+def test_pods_of_vllm_find_their_ranks_and_addresses_and_answer(tiny):
+    """One of the drill's; ``python tests/runtime/all_launchers.py`` starts all."""
+    case = all_launchers.Case("vllm", "volcano-job", "a3")
+    assert case in all_launchers.CASES
+    _, answer = all_launchers.answered(case, tiny)
+    assert answer["finish_reason"] in ("stop", "length")

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces with a cable between them, each with an ssh server."""
+"""Two hosts: namespaces with a cable between them, each with an ssh server."""
 
 import os
 import shutil
@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from contextlib import contextmanager
 
 import httpx
 import pytest
+from emulated_host import EmulatedHost
 from test_deploy import ASK, Box, wait_for
 from test_exposure import listening
 
-SERVER = Path(__file__).with_name("ssh_host.py")
 HOSTS = {"v4a-one": "10.77.0.1", "v4a-two": "10.77.0.2"}
 FRONT = "10.78.0.2"  # of the first host, towards the test
 
@@ -22,11 +22,9 @@ def ip(*args):
     subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def cable():
-    """A cable of 200 Mbit/s between the hosts, and one to the test."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
+@contextmanager
+def cabled():
+    """Lay a cable of 200 Mbit/s between the hosts, and one to the test."""
     for name in HOSTS:
         subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         ip("netns", "add", name)
@@ -48,6 +46,15 @@ def cable():
     finally:
         for name in HOSTS:
             ip("netns", "del", name)
+
+
+@pytest.fixture(scope="module")
+def cable():
+    """Two hosts with a cable."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    with cabled():
+        yield
 
 
 class Hosts(Box):
@@ -85,23 +92,16 @@ class Hosts(Box):
             f"layout: {{pp_size: 2, dp_size: 2, ep_size: 2}}\n"
             f"launcher: ssh\n"
         )
-        self.servers = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, str(SERVER), address, "2222",
-                 str(keys / "host"), str(keys / "client.pub")],
-                env=self.env,
-            )
-            for name, address in HOSTS.items()
-        ]  # fmt: skip
+        (folder / "state").mkdir()
+        self.hosts = {n: EmulatedHost(n, a, folder, self.env) for n, a in HOSTS.items()}
 
     @property
     def url(self):
         return f"http://{FRONT}:{self.port}"
 
     def run(self, *args, timeout=120):
-        command = ["ip", "netns", "exec", "v4a-one", sys.executable, "-m", "v4_ascend"]
         return subprocess.run(
-            [*command, *map(str, args)],
+            self.hosts["v4a-one"].command(sys.executable, "-m", "v4_ascend", *args),
             capture_output=True,
             text=True,
             env=self.env,
@@ -110,8 +110,19 @@ class Hosts(Box):
         )
 
     def left(self):
-        """Processes of ours, the ssh servers aside."""
-        return sorted(set(self.processes()) - {s.pid for s in self.servers})
+        """Processes of ours on both hosts, the ssh servers aside."""
+        return sorted(set(self.processes()) - {p for h in self.hosts.values() for p in h.pids})
+
+    def read(self, file):
+        """Read a file of the first host's state."""
+        words = self.hosts["v4a-one"].command("cat", self.folder / "state/v4-ascend" / file)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def end(self):
+        """Stop what is deployed, then the hosts."""
+        self.run("down", "two")
+        for host in self.hosts.values():
+            host.end()
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +134,7 @@ def hosts(cable, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         yield hosts
     finally:
-        hosts.run("down", "two")
-        for server in hosts.servers:
-            server.terminate()
-            server.wait(10)
+        hosts.end()
 
 
 def ready(hosts):
@@ -161,9 +169,9 @@ def test_two_hosts_answer_and_a_pulled_cable_is_named(hosts):
     assert HOSTS["v4a-one"] in found, "where ranks meet"
     assert found <= {*HOSTS.values(), FRONT, "127.0.0.1"}, found
 
-    for lost in (3, 0):  # of the other host, and the one at which ranks meet
+    for lost, name in ((3, "v4a-two"), (0, "v4a-one")):  # the latter is where ranks meet
         (row,) = hosts.status("two")
-        os.kill(row["ranks"][lost]["pid"], signal.SIGKILL)
+        os.kill(hosts.hosts[name].outside(row["ranks"][lost]["pid"]), signal.SIGKILL)
         wait_for(lambda: ready(hosts).status_code == 503)
         wait_for(lambda: ready(hosts).status_code == 200, seconds=60)
         assert ask(hosts).json()["choices"] == want
@@ -182,7 +190,7 @@ def test_two_hosts_answer_and_a_pulled_cable_is_named(hosts):
     assert time.monotonic() - began < 20
     ended = wait_for(lambda: not hosts.status("two"), seconds=40)
     assert ended
-    log = (hosts.folder / "state/v4-ascend/two/supervisor.log").read_text()
+    log = hosts.read("two/supervisor.log")
     assert f"ranks-{HOSTS['v4a-two']} ended with exit code 255" in log
     wait_for(lambda: not hosts.left(), seconds=40)
     ip("-n", "v4a-two", "link", "set", "v4a0", "up")

@@ -81,9 +81,13 @@ def deploy_command(
         from v4_ascend.cli import deploy_containers
 
         deploy_containers.refuse(emulate=emulate, conformance=conformance)
-        if not dry_run:
-            deploy_containers.refuse_to_start(wanted, topology)
-        deploy_containers.dry_run(wanted, out, as_json=as_json)
+        if dry_run:
+            deploy_containers.dry_run(wanted, out, as_json=as_json)
+        elif out is not None or as_json:
+            raise ConfigError("--out" if out is not None else "--json", "goes with --dry-run")
+        else:
+            is_downtime = replace is Replace.DOWNTIME
+            deploy_containers.start(wanted, timeout, is_downtime=is_downtime)
         return
     if out is not None:
         raise ConfigError("--out", f"is of launchers docker and kubernetes, not {wanted.launcher}")
@@ -91,18 +95,23 @@ def deploy_command(
         from v4_ascend.cli import deploy_vllm
 
         deploy_vllm.refuse_emulation(emulate)
+        work, there = deploy_vllm.wanted_and_running(wanted)
         if dry_run:
-            deploy_vllm.dry_run(wanted, as_json=as_json)
+            is_downtime = replace is Replace.DOWNTIME
+            deploy_vllm.dry_run(work, there, is_downtime=is_downtime, as_json=as_json)
             return
         require_supported(wanted)
-        if deploy_vllm.already_running(wanted):
+        if there is not None and not there.differences:
+            typer.echo(f"{wanted.name} runs already: {there.supervisor.url}/v1")
             return
+        deploy_vllm.require_possible(wanted, work, there, is_shadow=replace is Replace.SHADOW)
         if detach:
-            switches = [*unlooked, *(["--conformance"] * conformance)]
+            switches = [*unlooked, *(["--conformance"] * conformance), "--replace", replace.value]
             _detach(topology, overrides, vacant(wanted.name), options, switches)
             return
-        _preflight(wanted, _again(topology), skip=skip_preflight)
-        deploy_vllm.run(wanted, drain_timeout, timeout, conformance=conformance)
+        ours = {"devices.memory", "network.ports", "host.memory"} if there is not None else ()
+        _preflight(wanted, _again(topology), skip=skip_preflight, left_out=ours)
+        deploy_vllm.run(work, there, drain_timeout, timeout, conformance=conformance)
         return
     if conformance:
         instead = "with engine native take v4-ascend conformance URL"

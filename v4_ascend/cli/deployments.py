@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from v4_ascend.errors import DeadlineError
+from v4_ascend.errors import ConfigError, DeadlineError, V4AscendError
 
 if TYPE_CHECKING:
+    from v4_ascend.deploy.containers.given import Given
     from v4_ascend.deploy.state import Supervisor
 
 
@@ -19,11 +20,14 @@ def status_command(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Say what runs on this machine and whether it is ready; with a name, of each rank too."""
+    from v4_ascend.deploy.containers.given import names as given_names
+    from v4_ascend.deploy.containers.given import read
     from v4_ascend.deploy.state import generations, lost, names
 
     wanted = names() if name is None else [name]
     rows = [_row(s, with_ranks=name is not None) for n in wanted for s in generations(n)]
     rows += [_lost_row(s) for n in wanted for s in lost(n)]
+    rows += [_given_row(g) for n in (given_names() if name is None else [name]) if (g := read(n))]
     if as_json:
         out = {"version": 1, "status": "ok", "data": rows, "diagnostics": []}
         typer.echo(json.dumps(out, indent=2))
@@ -35,7 +39,11 @@ def status_command(
         if "waiting" in row:
             line += f", {row['running']} requests running, {row['waiting']} waiting"
         reason = f", {row['reason']}" if row.get("reason") else ""
-        typer.echo(f"{line}, pid {row['pid']}{canary}{reason}")
+        pid = f", pid {row['pid']}" if "pid" in row else f", given to {row['launcher']}"
+        typer.echo(f"{line}{pid}{canary}{reason}")
+        for c in row.get("containers", ()) if name is not None else ():
+            trouble = f", {c['trouble']}" if c["trouble"] else ""
+            typer.echo(f"  {c['name']} on {c['host']}: {c['state']}{trouble}")
         for process in row.get("processes", ()) if name is not None else ():
             answers = "answers" if process["is_ready"] else "does not answer"
             where = f"{process['url']} {answers}" if process["url"] else "no API"
@@ -57,8 +65,13 @@ def logs_command(
     ] = False,
 ) -> None:
     """Print the logs of a deployment's processes."""
+    from v4_ascend.deploy.containers.bringing_up import orchestrator
+    from v4_ascend.deploy.containers.given import read
     from v4_ascend.deploy.logs import Logs
+    from v4_ascend.deploy.state import find
 
+    if (given := read(name)) is not None and find(name) is None:
+        raise ConfigError(name, f"its logs are {given.launcher}'s: {orchestrator(given).logs()}")
     logs = Logs(name, rank)
     for line in logs.follow() if follow else logs.lines():
         typer.echo(line)
@@ -73,14 +86,19 @@ def down_command(
     import signal
     import time
 
+    from v4_ascend.deploy.containers.bringing_up import take_back
+    from v4_ascend.deploy.containers.given import read
     from v4_ascend.deploy.state import generations, lost
 
+    if (given := read(name)) is not None:
+        take_back(given, lambda line: typer.echo(f"{name}: {line}"))
     for gone in lost(name):
         gone.forget()
         typer.echo(f"{name}: pid {gone.pid} is gone without having ended it; forgotten")
     found = generations(name)
     if not found:
-        typer.echo(f"{name} does not run")
+        if given is None:
+            typer.echo(f"{name} does not run")
         return
     for supervisor in found:
         os.kill(supervisor.pid, signal.SIGTERM)
@@ -109,6 +127,23 @@ def _row(s: Supervisor, *, with_ranks: bool) -> dict[str, Any]:
     except httpx.TransportError as e:
         row["state"] = f"no answer: {e}" if s.phase == "serving" else s.phase
     return row
+
+
+def _given_row(given: Given) -> dict[str, Any]:
+    """Say of what was given to docker or Kubernetes how its containers are."""
+    from dataclasses import asdict
+
+    from v4_ascend.deploy.containers.bringing_up import is_ready, orchestrator, summary
+
+    row: dict[str, Any] = {"name": given.name, "launcher": given.launcher, "phase": "given"}
+    row |= {"url": given.url, "model": given.model}
+    try:
+        found = orchestrator(given).containers()
+    except V4AscendError as e:
+        return row | {"state": "unknown", "reason": str(e)}
+    ready = is_ready(given, found)
+    row |= {"state": "ready" if ready else "not ready", "containers": [asdict(c) for c in found]}
+    return row if ready else row | {"reason": summary(found)}
 
 
 def _lost_row(s: Supervisor) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def doctor_command(
     from v4_ascend.config.topology import load_topology
     from v4_ascend.deploy.doctor.facts import Question
     from v4_ascend.deploy.doctor.finding import Expected
+    from v4_ascend.deploy.doctor.pings import with_pings
     from v4_ascend.deploy.doctor.preflight import (
         HERE,
         ask_all,
@@ -48,7 +49,7 @@ def doctor_command(
     else:
         expected = {HERE: Expected()}
         questions = [Question(HERE, timeout_s=timeout, probe="auto" if probe else "")]
-    found = judge(ask_all(questions), expected)
+    found = judge(with_pings(ask_all(questions), ask_all), expected)
     blockers = [f for f in found if f.level == "blocker"]
     if as_json:
         from msgspec import to_builtins

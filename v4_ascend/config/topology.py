@@ -333,7 +333,11 @@ def require_supported(topology: Topology) -> None:
     native = t.engine == "native"  # vLLM has more, and its commands are refused where they are made
     is_emulated = device_profile(t.cluster.device, t.where("cluster.device")).emulated
     for key, is_asked, today in (
-        ("cluster.pools", native and bool(t.cluster.pools), "one pool for both roles"),
+        (
+            "cluster.pools",
+            (native or t.launcher == "kubernetes") and bool(t.cluster.pools),
+            "one pool for both roles",
+        ),
         (
             "cluster.supernodes",
             n_hosts > 1
@@ -345,11 +349,6 @@ def require_supported(topology: Topology) -> None:
             "cluster.device",
             is_emulated and t.launcher != "local",
             "emulated NPUs with launcher local",
-        ),
-        (
-            "engine",
-            not native and t.launcher == "kubernetes",
-            "'native' there, or 'vllm' in docker",
         ),
         ("emulate", t.emulate, "that with engine native and launcher local"),
     ):

@@ -180,23 +180,27 @@ class Successor(Deployment):
         return address
 
     def _stop_other(self, other: Supervisor) -> None:
-        """Let it drain, for as long as it and we say; then less politely."""
-        self.report(f"stopping pid {other.pid}; new requests are refused from here on")
-        for number, patience in (
-            (signal.SIGTERM, self.drain_s),
-            (signal.SIGTERM, 4 * KILL_SECONDS),  # the second says: at once
-            (signal.SIGKILL, 4 * KILL_SECONDS),
-        ):
-            deadline = time.monotonic() + patience
-            if other.is_running():
-                os.kill(other.pid, number)
-            while other.is_running() and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
+        stop_other(other, self.drain_s, self.report)
 
     def _take_over(self) -> None:
         super()._take_over()
         if self.down_since is not None:
             self.report(f"was down for {time.monotonic() - self.down_since:.1f} s")
+
+
+def stop_other(other: Supervisor, drain_s: float, report: Report) -> None:
+    """Let it drain, for as long as it and we say; then less politely."""
+    report(f"stopping pid {other.pid}; new requests are refused from here on")
+    for number, patience in (
+        (signal.SIGTERM, drain_s),
+        (signal.SIGTERM, 4 * KILL_SECONDS),  # the second says: at once
+        (signal.SIGKILL, 4 * KILL_SECONDS),
+    ):
+        deadline = time.monotonic() + patience
+        if other.is_running():
+            os.kill(other.pid, number)
+        while other.is_running() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
 
 def address_of(before: Supervisor, url: str) -> socket.socket | None:

@@ -17,6 +17,7 @@ from v4_ascend.deploy.containers.target import (
     Target,
 )
 from v4_ascend.deploy.containers.written import Written, as_yaml
+from v4_ascend.deploy.vllm.key import VARIABLE, only_key
 from v4_ascend.deploy.vllm.show import ASKED
 
 KEYS = "keys.env"  # API keys of engine vllm, which reads them from its environment
@@ -32,8 +33,8 @@ def compose_files(target: Target) -> Written:
             {"name": name, "services": services}
         )
     private = {"plan.json": target.plan_text} if target.plan is not None else {}
-    if keys := _keys(target):
-        private[KEYS] = f"VLLM_API_KEY={keys[0]}\n"
+    if key := _key(target):
+        private[KEYS] = f"{VARIABLE}={key}\n"
     return Written(texts, private, tuple(_steps(target)), has_secret=target.plan is not None)
 
 
@@ -60,8 +61,8 @@ def _head(index: int, host: str, target: Target) -> str:
     )
 
 
-def _keys(target: Target) -> tuple[str, ...]:
-    return target.topology.serve.api_keys if target.plan is None else ()
+def _key(target: Target) -> str | None:
+    return only_key(target.topology) if target.plan is None else None
 
 
 def _service(target: Target, p: Process) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _service(target: Target, p: Process) -> dict[str, Any]:
         "command": [_literal(a) for a in command],
         "environment": {k: _variable(v) for k, v in p.env.items()} | _address(target),
     }
-    if _keys(target):
+    if _key(target):
         service["env_file"] = [f"../{KEYS}"]
     service |= {
         "network_mode": "host",

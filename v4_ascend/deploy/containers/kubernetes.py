@@ -13,10 +13,12 @@ from typing import Any
 
 from v4_ascend import __version__
 from v4_ascend.config.topology import Topology
+from v4_ascend.deploy.containers import start
 from v4_ascend.deploy.containers.platforms import platforms
-from v4_ascend.deploy.containers.pods import Pods, api_labels
+from v4_ascend.deploy.containers.pods import KEY, Pods, api_labels
 from v4_ascend.deploy.containers.target import Target
 from v4_ascend.deploy.containers.written import Written, as_yaml
+from v4_ascend.deploy.vllm.key import only_key
 from v4_ascend.errors import ConfigError
 
 MAX_CONFIGMAP_BYTES = 2**20  # kubernetes.io, ConfigMaps: "cannot exceed 1 MiB"
@@ -39,14 +41,22 @@ def manifests(target: Target) -> Written:
         "ascend-job": _ascend_job,
     }[t.kubernetes.workload]
     documents = [workload(_Job(target)), _service(t)]
-    if not t.serve.api_keys:  # with keys in it, the plan is a secret too
-        documents.insert(0, _config_map(target))
+    if target.plan is None:
+        text = start.script(target)
+        documents.insert(0, _config_map(t, "start", {start.SCRIPT: text}))
+    elif not t.serve.api_keys:  # with keys in it, the plan is a secret too
+        documents.insert(0, _config_map(t, "plan", {"plan.json": target.plan_text}))
     head = (
         f"# {t.name}: {len(target.hosts)} pods on {target.platform.family}, by v4-ascend "
         f"{__version__}\n# Mounts and names: configs/containers.yaml, {platforms().dated}.\n"
     )
     texts = {"manifests.yaml": head + as_yaml(*documents)}
-    private = {"plan.json": target.plan_text} if t.serve.api_keys else {}
+    private = {}
+    if target.plan is None:
+        if key := only_key(t):
+            private[KEY] = key
+    elif t.serve.api_keys:
+        private["plan.json"] = target.plan_text
     return Written(texts, private, tuple(_steps(target)), has_secret=False)
 
 
@@ -55,10 +65,16 @@ def _steps(target: Target) -> list[str]:
     kubectl = f"kubectl --namespace {t.kubernetes.namespace}"
     build = target.platform.build_command(target.image)
     plan = " --from-file=plan.json={out}/plan.json" if t.serve.api_keys else ""
+    create = f"{kubectl} create secret generic {secret_name(t)}"
+    if target.plan is None:
+        steps = [f"{create} --from-file={KEY}={{out}}/{KEY}"] if t.serve.api_keys else []
+    else:
+        steps = [
+            f"{build} && docker push {target.image}  # once, in a clone of the repository",
+            f"openssl rand -hex 32 | {create} --from-file=secret=/dev/stdin{plan}",
+        ]
     return [
-        f"{build} && docker push {target.image}  # once, in a clone of the repository",
-        f"openssl rand -hex 32 | {kubectl} create secret generic {secret_name(t)} "
-        f"--from-file=secret=/dev/stdin{plan}",
+        *steps,
         f"{kubectl} apply --filename {{out}}/manifests.yaml",
         f"{kubectl} logs --follow --selector {_first_pod(t)}",
     ]
@@ -86,7 +102,7 @@ def _require_possible(target: Target) -> None:
             t.where("serve.host"),
             f"serve.host: {t.serve.host} is not reached from outside a pod; give 0.0.0.0",
         )
-    if t.container.image is None:
+    if t.container.image is None and target.plan is not None:
         tag = f"REGISTRY/{target.platform.own_image()}"
         raise ConfigError(
             "container.image",
@@ -104,6 +120,12 @@ def _require_possible(target: Target) -> None:
             t.where("kubernetes.workload"),
             f"kubernetes.workload: ascend-job is of NPUs, not {target.platform.family}; "
             "take leader-worker-set or volcano-job",
+        )
+    if t.kubernetes.workload == "ascend-job" and target.plan is None and len(target.hosts) > 1:
+        raise ConfigError(
+            t.where("kubernetes.workload"),
+            "kubernetes.workload: ascend-job reaches its first pod by a service of one port, and "
+            "vLLM's hosts meet at several; take leader-worker-set or volcano-job",
         )
 
 
@@ -257,13 +279,12 @@ def _ascend_job(job: _Job) -> dict[str, Any]:
     }
 
 
-def _config_map(target: Target) -> dict[str, Any]:
-    t = target.topology
+def _config_map(t: Topology, of: str, data: dict[str, str]) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": f"{t.name}-plan", "namespace": t.kubernetes.namespace},
-        "data": {"plan.json": target.plan_text},
+        "metadata": {"name": f"{t.name}-{of}", "namespace": t.kubernetes.namespace},
+        "data": data,
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from v4_ascend.config.topology import Topology
+from v4_ascend.deploy.containers import start
 from v4_ascend.deploy.containers.target import (
     PLAN,
     SECRET,
@@ -14,12 +15,15 @@ from v4_ascend.deploy.containers.target import (
     Target,
     host_command,
 )
+from v4_ascend.deploy.vllm.key import VARIABLE, only_key
+from v4_ascend.deploy.vllm.show import ASKED
 
 NAME, HOST = "app.kubernetes.io/name", "v4-ascend/host"
 OWN_USER = 1000  # of Dockerfile.cuda
 PROBE_SECONDS = 10
 START_SECONDS = 300  # until the front listens; loading comes after it
 READABLE = 0o400
+KEY = "key"  # of the secret, with engine vllm
 PORT_NAME = "ascendjob-port"  # MindCluster's operator makes a service of the port of this name
 
 
@@ -62,7 +66,8 @@ class Pods:
         spec["containers"] = [self._container(is_first=is_first)]
         spec["volumes"] = [v for v, _ in self._volumes()]
         plan = self.target.plan
-        annotations = {"v4-ascend/plan": plan.digest[:16]} if plan is not None else {}
+        found = plan.digest if plan is not None else start.digest(self.target)
+        annotations = {"v4-ascend/plan": found[:16]}  # another one is another pod
         return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
     @property
@@ -81,8 +86,11 @@ class Pods:
     def _container(self, *, is_first: bool) -> dict[str, Any]:
         target, t = self.target, self.target.topology
         which = ("--index", "0") if is_first else self.which
-        argv = host_command(t, which, self.first, target.timeout_s)
-        command, args = target.platform.started(argv)
+        if target.plan is None:
+            command, args = start.command(target, which, self.first)
+        else:
+            argv = host_command(t, which, self.first, target.timeout_s)
+            command, args = target.platform.started(argv)
         capabilities: dict[str, Any] = {"drop": ["ALL"]}
         if target.platform.user.value == "root":
             capabilities = {"add": ["IPC_LOCK"]}  # memory that devices write to stays in place
@@ -109,10 +117,15 @@ class Pods:
 
     def _env(self) -> list[dict[str, Any]]:
         process = self.target.processes[0]
+        known = {k: v for k, v in process.env.items() if v and v not in ASKED.values()}
         env: list[dict[str, Any]] = [
-            {"name": k, "value": v.replace("$", "$$")} for k, v in process.env.items() if v
+            {"name": k, "value": v.replace("$", "$$")} for k, v in known.items()
         ]
-        env.append(_of_pod("V4_ASCEND_ADDRESS", "status.podIP"))
+        own = [k for k, v in process.env.items() if v == ASKED["{address}"]]
+        env += [_of_pod(k, "status.podIP") for k in ("V4_ASCEND_ADDRESS", *own)]
+        if self.target.plan is None and only_key(self.target.topology):
+            entry = {"secretKeyRef": {"name": self.secret, "key": KEY}}
+            env.append({"name": VARIABLE, "valueFrom": entry})
         if self.visible_devices and self.target.platform.mindcluster is not None:
             chosen = f"metadata.annotations['{self.resource}']"
             env.append(_of_pod("ASCEND_VISIBLE_DEVICES", chosen))
@@ -120,10 +133,12 @@ class Pods:
 
     def _probes(self) -> dict[str, Any]:
         health = self.target.processes[0].health
+        # Our front answers at once, vLLM once it has loaded.
+        seconds = START_SECONDS if self.target.plan is not None else self.target.timeout_s
         live = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": PROBE_SECONDS}
         ready = {"httpGet": {"path": health.path if health else "/ready", "port": "http"}}
         found: dict[str, Any] = {
-            "startupProbe": live | {"failureThreshold": START_SECONDS // PROBE_SECONDS},
+            "startupProbe": live | {"failureThreshold": seconds // PROBE_SECONDS},
             "livenessProbe": live | {"timeoutSeconds": 5, "failureThreshold": 6},
         }
         if self.waits_for_ready:
@@ -133,18 +148,11 @@ class Pods:
     def _volumes(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Return each volume with its mount."""
         target, t = self.target, self.target.topology
-        secret = {"secretName": self.secret, "defaultMode": READABLE}
-        own = {"secret": secret | {"items": [{"key": "secret", "path": "secret"}]}}
-        plan: dict[str, Any] = {"configMap": {"name": f"{t.name}-plan"}}
-        if t.serve.api_keys:
-            items = [{"key": "plan.json", "path": "plan.json"}]
-            plan = {"secret": secret | {"items": items}}
         shm = {
             "emptyDir": {"medium": "Memory", "sizeLimit": f"{target.platform.shared_memory.gib}Gi"}
         }
         found = [
-            _volume("plan", plan, PLAN),
-            _volume("secret", own, SECRET),
+            *self._own(),
             _volume("state", {"emptyDir": {}}, STATE, writable=True),
             _volume("shm", shm, "/dev/shm", writable=True),  # noqa: S108
             self._checkpoint(),
@@ -155,6 +163,19 @@ class Pods:
             kind = "File" if m.kind == "file" else "Directory"
             found.append(_volume(f"driver-{i}", _path(m.value, kind), m.value))
         return found
+
+    def _own(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return what was written for these pods: plan and secret, or how vLLM is started."""
+        t = self.target.topology
+        if self.target.plan is None:
+            return [_volume("start", {"configMap": {"name": f"{t.name}-start"}}, start.START)]
+        secret = {"secretName": self.secret, "defaultMode": READABLE}
+        own = {"secret": secret | {"items": [{"key": "secret", "path": "secret"}]}}
+        plan: dict[str, Any] = {"configMap": {"name": f"{t.name}-plan"}}
+        if t.serve.api_keys:
+            items = [{"key": "plan.json", "path": "plan.json"}]
+            plan = {"secret": secret | {"items": items}}
+        return [_volume("plan", plan, PLAN), _volume("secret", own, SECRET)]
 
     def _checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
         t = self.target.topology

@@ -17,6 +17,7 @@ class Question(msgspec.Struct, frozen=True):
         compare: whether the checkpoint's headers are to be digested.
         env: settings of the deploying shell that its ranks will have.
         probe: the backend whose operators are tried, empty for none, ``auto`` by the devices found.
+        commands: pings of other hosts' devices, answered beside what applies to `kind`.
         timeout_s: of the whole answer.
     """
 
@@ -28,6 +29,7 @@ class Question(msgspec.Struct, frozen=True):
     compare: bool = False
     env: dict[str, str] = {}
     probe: str = ""
+    commands: tuple[str, ...] = ()
     timeout_s: float = 60.0
 
 

@@ -45,6 +45,7 @@ class Expected:
         memory_utilisation: the part of a device's memory that must be free.
         emulated: the devices are processes of the CPU.
         engine: ``native | vllm``.
+        supernode: the name of its own in the topology.
         has_topology: False where a host is only looked at.
     """
 
@@ -56,6 +57,7 @@ class Expected:
     memory_utilisation: float = 0.92
     emulated: bool = False
     engine: str = "native"
+    supernode: str = ""
     has_topology: bool = False
 
 

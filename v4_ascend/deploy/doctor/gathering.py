@@ -49,6 +49,13 @@ PLACES = ("usr/local/bin", "usr/local/sbin", "usr/local/Ascend/driver/tools")
 GPU_QUERY = (
     f"nvidia-smi --query-gpu={','.join(outputs.NVIDIA_FIELDS)} --format=csv,noheader,nounits"
 )
+NVLINK, SPOD = "nvidia-smi nvlink --status", "npu-smi info -t spod-info"
+PING = re.compile(r"hccn_tool -i \d+ -ping -g address [\d.]+")
+
+
+def ping(device: int, address: str) -> str:
+    """Return the command by which a device of A2 or A3 asks another's address."""
+    return f"hccn_tool -i {device} -ping -g address {address}"
 
 
 class Machine:
@@ -102,7 +109,7 @@ def gather(question: Question, machine: Machine | None = None) -> Facts:
     env = {k: v for k, v in os.environ.items() if k.startswith(ENV)} | question.env
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(_unreachable, question.peers)
-        commands = _commands(machine, question.kind)
+        commands = _commands(machine, question.kind, question.commands)
         unreachable = dict(answers)
     backend = question.probe
     if backend == "auto":
@@ -133,7 +140,7 @@ def gather(question: Question, machine: Machine | None = None) -> Facts:
     )
 
 
-def _commands(machine: Machine, kind: str) -> dict[str, Output]:
+def _commands(machine: Machine, kind: str, pings: tuple[str, ...]) -> dict[str, Output]:
     """Run what applies to the devices asked for, or to those that are there."""
     found: dict[str, Output] = {}
 
@@ -146,6 +153,9 @@ def _commands(machine: Machine, kind: str) -> dict[str, Output]:
 
     keep({"npu": ["npu-smi info"], "cuda": [GPU_QUERY], "cpu": []}.get(
         kind, ["npu-smi info", GPU_QUERY]))  # fmt: skip
+    keep(p for p in pings if PING.fullmatch(p))  # whoever asks: nothing else is run for him
+    if GPU_QUERY in found:
+        keep([NVLINK])
     rows = outputs.npus(found["npu-smi info"].text) if "npu-smi info" in found else []
     if rows:
         keep([f"npu-smi info -t board -i {rows[0].npu}"])
@@ -154,6 +164,8 @@ def _commands(machine: Machine, kind: str) -> dict[str, Output]:
         else:
             whats = ("link", "net_health", "ip", "tls")
             keep(f"hccn_tool -i {d} -{what} -g" for d in range(len(rows)) for what in whats)
+        if rows[0].family != "a2":
+            keep(f"{SPOD} -i {r.npu} -c {r.chip}" for r in rows)
     return found
 
 

@@ -89,6 +89,50 @@ def gpus(text: str) -> list[Gpu]:
     return rows
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a device is in a supernode, as printed; a 950 has no `sdid`, and may have a chassis."""
+
+    sdid: str | None
+    pod: str
+    server: str
+
+
+def place(text: str) -> Place | None:
+    """Read `npu-smi info -t spod-info`; None where a device is in no supernode."""
+    said = pairs(text, ":")
+    pod, server = said.get("Super Pod ID"), said.get("Server Index", said.get("Chassis ID"))
+    if pod is None or server is None or not (pod + server).isdigit() or int(pod) == NO_POD:
+        return None
+    return Place(said.get("SDID"), pod, server)
+
+
+NO_POD = 2**32 - 1  # an unsigned -1, as the driver's library has it for what is not set
+
+
+def nvlinks(text: str) -> dict[int, tuple[int, int]]:
+    """Read `nvidia-smi nvlink --status`: of each GPU, how many links are up, and how many it has.
+
+    A link counts as up by its speed: other words than ``<inactive>`` are no sign of one.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    gpu = None
+    for line in text.splitlines():
+        if head := re.match(r"GPU (\d+):", line):
+            gpu = int(head[1])
+        elif gpu is not None and (link := re.match(r"\s+Link \d+:\s*(.*)", line)):
+            speed = re.match(r"([\d.]+) GB/s", link[1])
+            up, total = found.get(gpu, (0, 0))
+            found[gpu] = (up + int(speed is not None and float(speed[1]) > 0), total + 1)
+    return found
+
+
+def pinged(text: str) -> tuple[int, int]:
+    """Read `hccn_tool -ping`: packets sent and come back, (0, 0) where it says neither."""
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def pairs(text: str, separator: str = "=") -> dict[str, str]:
     """Read ``key=value`` or ``key : value`` lines; the first of a key counts."""
     found: dict[str, str] = {}

@@ -16,6 +16,7 @@ from v4_ascend.config.topology import Topology, is_remote
 from v4_ascend.deploy.agent import passed_on
 from v4_ascend.deploy.doctor import (
     devices,
+    fabric,
     hccl,
     host_limits,
     network,
@@ -40,12 +41,18 @@ CHECKS: tuple[Check, ...] = (
     *software.CHECKS,
     *devices.CHECKS,
     *network.CHECKS,
+    *fabric.CHECKS,
     *hccl.CHECKS,
     *host_limits.CHECKS,
     *storage.CHECKS,
     *operators.CHECKS,
 )
-ACROSS: tuple[AcrossCheck, ...] = (*software.ACROSS, *network.ACROSS, *storage.ACROSS)
+ACROSS: tuple[AcrossCheck, ...] = (
+    *software.ACROSS,
+    *network.ACROSS,
+    *fabric.ACROSS,
+    *storage.ACROSS,
+)
 Ask = Callable[[Question], Answer]
 
 
@@ -76,6 +83,7 @@ def expected_of(topology: Topology) -> dict[str, Expected]:
                 memory_utilisation=topology.serve.memory_utilisation,
                 emulated=profile.emulated or topology.emulate,
                 engine=topology.engine,
+                supernode=node.name,
                 has_topology=True,
             )
     return found

@@ -129,6 +129,12 @@ class Verdict:
     rest: tuple[Finding, ...]
     only_consequences: bool = False
 
+    @property
+    def is_told_to_end(self) -> bool:
+        """Whether signal 15 is all there is: `down` ends ranks so, and that is no fault."""
+        found = [f for f in (self.first, *self.rest) if f is not None]
+        return bool(found) and all(f.entry is not None and f.entry.id == "sigterm" for f in found)
+
 
 def judge(findings: Sequence[Finding]) -> Verdict:
     """Choose the first error: one with a cause, else one nobody knows, else a consequence."""

@@ -34,6 +34,10 @@ def verdict_lines(verdict: Verdict, plan: Plan | None, untimed: list[str]) -> It
     if first is None:
         yield "no error found in these logs"
         return
+    if verdict.is_told_to_end:
+        yield "no fault in these logs: processes were told to end (signal 15), as down does"
+        yield f"line: {_line(first)}"
+        return
     entry = first.entry
     what = f"{entry.id}, {entry.title}" if entry else "unknown error"
     yield f"{_who(first, plan)}: {what}{_when(first)}"
@@ -113,8 +117,9 @@ def verdict_facts(verdict: Verdict, plan: Plan | None, untimed: list[str]) -> di
     """Return a verdict for scripts."""
     first = verdict.first
     explained = first is not None and first.entry is not None
+    result = "explained" if explained else "unknown" if first else "no error"
     return {
-        "result": "explained" if explained else "unknown" if first else "no error",
+        "result": "told to end" if verdict.is_told_to_end else result,
         "first": first and _finding_facts(first, plan),
         "rest": [_finding_facts(f, plan) for f in verdict.rest],
         "only_consequences": verdict.only_consequences,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,13 +20,13 @@ from v4_ascend.deploy.agent import end_session
 from v4_ascend.deploy.deployment import Deployment
 from v4_ascend.deploy.port import require_free
 from v4_ascend.deploy.processes import KILL_SECONDS, POLL_SECONDS, Report
-from v4_ascend.deploy.state import Phase, Supervisor, start_time
+from v4_ascend.deploy.state import Phase, Supervisor, lost, start_time
 from v4_ascend.deploy.vllm.agent import Order
 from v4_ascend.deploy.vllm.canary import canary
 from v4_ascend.deploy.vllm.here import filled_in
 from v4_ascend.deploy.vllm.launches import PROXY, Launch
+from v4_ascend.deploy.vllm.work import Work
 from v4_ascend.errors import BackendUnavailableError, ConfigError, DeployError, NotYetError
-from v4_ascend.supernode.plan import Plan
 
 STATE = "vllm.json"  # what `status` reads beside supervisor.json
 PROXY_KEY = "V4_ASCEND_PD_PROXY"
@@ -38,44 +37,42 @@ class VllmDeployment(Deployment):
 
     def __init__(
         self,
-        topology: Topology,
-        plan: Plan,
-        launches: tuple[Launch, ...],
+        work: Work,
         report: Report,
         drain_s: float,
         conformance: Callable[[str], None] | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Take what is to run; `conformance` gets the URL and raises if a case fails."""
-        super().__init__(plan, report, drain_s)
-        self.topology, self.launches, self.conformance = topology, launches, conformance
-        self.digest = digest(launches)
-        self.url = next(x.url for x in reversed(launches) if x.url is not None)
+        super().__init__(work.plan, report, drain_s, folder)
+        self.work, self.launches, self.conformance = work, work.launches, conformance
+        self.digest, self.url = work.digest, work.url
 
     def run(self, timeout_s: float) -> None:
         """Start, wait until ready and checked, and serve until SIGINT or SIGTERM.
 
         Raises:
-            BackendUnavailableError: there is no `vllm` here.
-            NotYetError, ConfigError: what the topology asks for cannot be started here.
             PortInUseError: before anything is started.
             DeployError: a process ended that should not have.
             DeadlineError: not ready in time.
             ParityError: it answers otherwise than the reference.
         """
-        self._require_startable()
         private_folder(self.folder)
         with self._locked(), self._signals_counted():
-            require_free(self.plan.host, self.plan.port)
-            for log in self.folder.glob("*.log"):
-                if log.name != "supervisor.log":
-                    log.unlink()
             try:
                 self._write_state("starting", None)
                 self._announce("starting")
+                for gone in lost(self.plan.name):
+                    gone.forget()
+                self._make_room()
+                for log in self.folder.glob("*.log"):
+                    if log.name != "supervisor.log":
+                        log.unlink()
+                self.work.write(self.folder)
                 deadline = time.monotonic() + timeout_s
                 for order in sorted({x.order for x in self.launches}):
                     together = [x for x in self.launches if x.order == order]
-                    for launch in together:
+                    for launch in together if not self._signals else ():
                         self._launch(launch)
                     for launch in together:
                         self._wait_for(launch, deadline, timeout_s)
@@ -90,35 +87,12 @@ class VllmDeployment(Deployment):
                 for name in ("supervisor.json", STATE):
                     (self.folder / name).unlink(missing_ok=True)
 
-    def _require_startable(self) -> None:
-        t = self.topology
-        if shutil.which("vllm") is None:
-            raise BackendUnavailableError(
-                "vllm: no such command on PATH; install vLLM (on Ascend with vllm-ascend), or "
-                "print the commands with --dry-run and run them where it is"
-            )
-        if len(t.serve.api_keys) > 1:
-            raise NotYetError(
-                t.where("serve.api_keys"),
-                f"serve.api_keys: {len(t.serve.api_keys)}; vLLM takes one from its environment",
-            )
-        if not any(x.role == "proxy" for x in self.launches):
-            return
-        if t.model.reference is not None:
-            raise NotYetError(
-                t.where("model.reference"),
-                "model.reference: not yet with prefill and decode apart and engine vllm; leave it "
-                "away, and the canary is called unreferenced",
-            )
-        if PROXY_KEY not in os.environ:
-            raise ConfigError(
-                PROXY_KEY,
-                f"not set; prefill and decode apart need vllm-ascend's {PROXY} (examples/"
-                "disaggregated_prefill_v1 of its repository): give its path",
-            )
+    def _make_room(self) -> None:
+        """Have the address free, before anything is started."""
+        require_free(self.plan.host, self.plan.port)
 
     def _launch(self, launch: Launch) -> None:
-        env, argv = launch.env | self._key(), list(launch.argv)
+        env, argv = launch.env | self.work.environment, list(launch.argv)
         if launch.role == "proxy":
             argv[1] = os.environ[PROXY_KEY]
         if launch.host == self.launches[0].host:
@@ -127,15 +101,6 @@ class VllmDeployment(Deployment):
         else:
             order = Order(__version__, launch.host, argv, env)
             self._start_remote(launch.name, launch.host, "v4_ascend.deploy.vllm.agent", order)
-
-    def _key(self) -> dict[str, str]:
-        """Return the API key as vLLM reads it: by its environment, which `ps` does not show."""
-        keys = self.topology.serve.api_keys
-        return {"VLLM_API_KEY": keys[0]} if keys else {}
-
-    def _headers(self) -> dict[str, str]:
-        keys = self.topology.serve.api_keys
-        return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
 
     def _wait_for(self, launch: Launch, deadline: float, timeout_s: float) -> None:
         """Wait until a process answers; one without an API must only live."""
@@ -152,7 +117,7 @@ class VllmDeployment(Deployment):
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code != 200:
                 return False
-            answer = httpx.get(f"{url}/v1/models", headers=self._headers(), timeout=5)
+            answer = httpx.get(f"{url}/v1/models", headers=self.work.headers, timeout=5)
         except httpx.TransportError:
             return False
         if answer.status_code != 200:
@@ -166,15 +131,20 @@ class VllmDeployment(Deployment):
 
     def _check(self) -> None:
         """Run the canary and, if asked to, the conformance cases; say that it is ready."""
-        found, reference = "unreferenced", self.topology.model.reference
+        found, reference = "unreferenced", self.work.reference
         if reference is not None:
             self._write_state("checking", None)
-            found = str(canary(self.url, self.plan.model_name, Path(reference), self._headers()))
+            found = str(canary(self.url, self.plan.model_name, Path(reference), self.work.headers))
         if self.conformance is not None:
             self.conformance(self.url)
         self._write_state("ready", found)
         self._announce("serving")
+        self._take_over()
         self.report(f"ready: {self.url}/v1, model {self.plan.model_name}, canary {found}")
+
+    def _take_over(self) -> None:
+        """Be the one that serves."""
+        self.has_served = True
 
     def _announce(self, phase: Phase) -> None:
         pid = os.getpid()
@@ -210,10 +180,32 @@ class VllmDeployment(Deployment):
             end_session(process)
 
 
-def digest(launches: tuple[Launch, ...]) -> str:
-    """Return what tells one set of commands from another."""
-    said = [[x.host, x.role, x.argv, sorted(x.env.items())] for x in launches]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def require_startable(t: Topology, launches: tuple[Launch, ...]) -> None:
+    """Refuse what cannot be started here, before anything is.
+
+    Raises:
+        BackendUnavailableError: there is no `vllm` here.
+        NotYetError, ConfigError: what the topology asks for cannot be started here.
+    """
+    if shutil.which("vllm") is None:
+        raise BackendUnavailableError(
+            "vllm: no such command on PATH; install vLLM (on Ascend with vllm-ascend), or "
+            "print the commands with --dry-run and run them where it is"
+        )
+    if not any(x.role == "proxy" for x in launches):
+        return
+    if t.model.reference is not None:
+        raise NotYetError(
+            t.where("model.reference"),
+            "model.reference: not yet with prefill and decode apart and engine vllm; leave it "
+            "away, and the canary is called unreferenced",
+        )
+    if PROXY_KEY not in os.environ:
+        raise ConfigError(
+            PROXY_KEY,
+            f"not set; prefill and decode apart need vllm-ascend's {PROXY} (examples/"
+            "disaggregated_prefill_v1 of its repository): give its path",
+        )
 
 
 def status(folder: Path) -> dict[str, Any]:
