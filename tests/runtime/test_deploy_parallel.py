@@ -157,11 +157,7 @@ def ready(box):
     [
         ((), 2, "launcher: 2 hosts need ssh; local is for one"),
         (("launcher=ssh",), 2, "model.checkpoint: tiny is relative; several hosts need a path"),
-        (
-            ("launcher=kubernetes",),
-            2,
-            "kubernetes: deploy starts no containers yet; write its files",
-        ),
+        (("launcher=kubernetes",), 2, "tiny is relative; containers need a path from /"),
         (("launcher=ssh", "model.checkpoint=/"), 6, "198.51.100.1) is no address of this machine"),
     ],
 )
