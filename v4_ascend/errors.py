@@ -61,6 +61,9 @@ class ConfigError(V4AscendError):
     exit_code = 2
 
     def __init__(self, where: str, message: str) -> None:
+        key = where.removeprefix("--set ")
+        if key != where:  # the option names the key already
+            message = message.removeprefix(f"{key}: ")
         super().__init__(f"{where}: {message}")
         self.where = where
 

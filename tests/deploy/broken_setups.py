@@ -334,11 +334,9 @@ BROKEN = [
 ]  # fmt: skip
 
 
-def findings(b):
-    """What doctor finds in a broken set-up."""
-    names = ["host-a", "host-b"][: b.n_hosts]
-    expected = {n: recorded.expected(b.base, b.n_hosts, **b.expected) for n in names}
-    answers = [Answer(n, recorded.MAKE[b.base]()) for n in names]
+def answers_of(b):
+    """What the hosts of a broken set-up answer."""
+    answers = [Answer(n, recorded.MAKE[b.base]()) for n in ["host-a", "host-b"][: b.n_hosts]]
     if b.n_hosts == 2:
         answers[1] = Answer("host-b", recorded.second(answers[1].facts))
     last = answers[-1]
@@ -346,7 +344,14 @@ def findings(b):
         answers[-1] = Answer(last.host, problem=b.problem)
     else:
         answers[-1] = Answer(last.host, b.change(last.facts), skew_s=b.skew_s)
-    return judge(answers, expected)
+    return answers
+
+
+def findings(b):
+    """What doctor finds in a broken set-up."""
+    answers = answers_of(b)
+    expected = recorded.expected(b.base, b.n_hosts, **b.expected)
+    return judge(answers, {a.host: expected for a in answers})
 
 
 def main():

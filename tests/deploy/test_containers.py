@@ -517,6 +517,11 @@ def test_the_command_prints_or_writes_and_says_what_to_type(tmp_path):
     assert (data["launcher"], data["steps"][-1]) == ("docker", last.replace(out, "DIR"))
 
 
+def test_a_key_is_said_once():
+    result = run("laptop", "--set", "launcher=docker", "--set", "model.checkpoint=v4")
+    assert str(result.exception).startswith("--set model.checkpoint: v4 is relative")
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -14,8 +14,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import recorded_hosts as recorded
-from broken_setups import BROKEN, findings
+from broken_setups import BROKEN, answers_of
+from typer.testing import CliRunner
 
+from v4_ascend.cli.app import app
 from v4_ascend.deploy.doctor import outputs, preflight
 from v4_ascend.deploy.doctor.checkpoint import look_at
 from v4_ascend.deploy.doctor.facts import Answer, Facts, Question
@@ -24,6 +26,7 @@ from v4_ascend.deploy.doctor.gathering import Machine, gather, ping
 from v4_ascend.deploy.doctor.matrix import matrix
 from v4_ascend.deploy.doctor.operators import read_probe, run_probe
 from v4_ascend.deploy.doctor.pings import with_pings
+from v4_ascend.errors import DeployError
 
 ROOT = Path(__file__).parents[2]
 
@@ -139,11 +142,63 @@ def test_hosts_that_are_well_have_nothing_to_mend(base, n_hosts):
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda b: b.id)
-def test_a_broken_set_up_is_named(broken):
-    blockers = [f for f in findings(broken) if f.level == "blocker"]
-    named = [f for f in blockers if f.check == broken.check and broken.says in f.what]
-    assert named, [(f.check, f.what) for f in blockers]
-    assert all(f.next_step or f.check == "network.ports" for f in blockers)
+def test_a_broken_set_up_ends_the_command_with_4_and_its_cause(broken, tmp_path, monkeypatch):
+    """Two hosts are asked over an ssh that has their recorded answers; one host is this one."""
+    answers = answers_of(broken)
+    _answering_ssh(tmp_path, answers)
+    monkeypatch.setattr(preflight, "ask_here", lambda question: answers[0])
+    monkeypatch.setattr(preflight, "require_first_here", _from_elsewhere)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    start = time.monotonic()
+    result = CliRunner().invoke(
+        app, ["doctor", "--topology", _topology(broken, tmp_path), "--json"]
+    )
+    assert time.monotonic() - start < 30
+    assert result.exit_code == 4, result.output
+    found = json.loads(result.stdout)["data"]["findings"]
+    blockers = [f for f in found if f["level"] == "blocker"]
+    named = [f for f in blockers if f["check"] == broken.check and broken.says in f["what"]]
+    assert named, blockers
+    assert all(f["next_step"] or f["check"] == "network.ports" for f in blockers)
+
+
+def _from_elsewhere(hosts):
+    if len(hosts) > 1:
+        raise DeployError("host-a is another machine")
+
+
+def _answering_ssh(folder, answers):
+    """Write an ssh that prints what a host answers, with the clock of that moment."""
+    cases = []
+    for a in answers:
+        if a.facts is None:
+            cases.append(f"{a.host}) echo '{a.problem}' >&2; exit 255;;")
+            continue
+        (folder / a.host).write_bytes(msgspec.json.encode(a.facts))
+        now = f'$(date -d "{a.skew_s} seconds" +%s.%N)'
+        said = f'sed "s/\\"clock\\":[-+.e0-9]*/\\"clock\\":{now}/" {folder}/{a.host}'
+        cases.append(f"{a.host}) {said};;")
+    script = "\n".join(
+        ["#!/bin/sh", "for w; do host=$last; last=$w; done", "case $host in", *cases, "esac", ""]
+    )
+    (folder / "ssh").write_text(script)
+    (folder / "ssh").chmod(0o755)
+
+
+def _topology(broken, folder):
+    """Write the topology of its hosts; return the file."""
+    device = {"a2": "ascend-a2-64", "a3": "ascend-a3-64", "950": "ascend-950dt-96",
+              "gpu": "nvidia-h200", "cpu": "cpu"}[broken.base]  # fmt: skip
+    hosts = ", ".join(["host-a", "host-b"][: broken.n_hosts])
+    n = recorded.expected(broken.base).n_devices
+    (folder / "t.yaml").write_text(
+        f"cluster: {{device: {device}, supernodes: [{{name: s, hosts: [{hosts}], "
+        f"devices_per_host: {n}}}]}}\n"
+        "model: {checkpoint: /models/v4, name: v4}\nserve: {max_model_len: 4096}\n"
+        f"engine: {broken.expected.get('engine', 'native')}\n"
+        f"launcher: {'ssh' if broken.n_hosts > 1 else 'local'}\n"
+    )
+    return str(folder / "t.yaml")
 
 
 def test_there_are_fifty_broken_set_ups():

@@ -261,9 +261,9 @@ def test_a_code_alone_prints_its_entry():
 
 
 def test_a_code_nobody_knows_is_unknown():
-    for unknown in ("599999", "EI9999"):
+    for unknown in ("599999", "EI9999", "NOSUCH99"):
         code, out, _ = command(unknown)
-        assert (code, out.split(";")[0]) == (1, f"{unknown}: unknown")
+        assert (code, out.split(";")[0]) == (1, f"{unknown}: unknown, and no file")
 
 
 def test_what_is_neither_file_nor_code_is_a_mistake(tmp_path):

@@ -76,7 +76,9 @@ def _code(code: str, as_json: bool) -> None:
     if as_json:
         _echo_json(entry and entry_facts(entry), ok=entry is not None)
     elif entry is None:
-        typer.echo(f"{code}: unknown; v4-ascend explain-error --list prints what is known")
+        typer.echo(
+            f"{code}: unknown, and no file; v4-ascend explain-error --list prints what is known"
+        )
     else:
         for line in entry_lines(entry):
             typer.echo(line)

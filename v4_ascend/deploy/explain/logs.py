@@ -12,8 +12,8 @@ from v4_ascend.deploy.state import latest
 from v4_ascend.errors import ConfigError
 from v4_ascend.supernode.plan import Plan
 
-# What a code looks like, known or not; everything else is a file.
-CODE = re.compile(r"\d{6}|[A-Z]{2,3}\d{4,5}|[A-Z]+_[A-Z0-9_]+", re.IGNORECASE)
+# What a code looks like, known or not: all the vendors' do. A file has a suffix or a folder.
+CODE = re.compile(r"[\w-]+")
 
 
 def looks_like_code(word: str) -> bool:
