@@ -67,6 +67,11 @@ def _gives_each_group_the_next_ones_matrix(right, x, weight):
     return right(x, weight.roll(1, 0))
 
 
+@_fault("linear")
+def _leaves_out_the_last_channel(right, x, weight):
+    return right(x[:, :-1], weight[:, :-1])
+
+
 @_fault("int8_act_quant")
 def _cuts_int8_instead_of_rounding(right, x):
     _, scale = right(x)
