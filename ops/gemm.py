@@ -1,4 +1,4 @@
-"""Quantised matrix products: FP8 x FP8, FP8 x FP4, and the experts' grouped product."""
+"""Matrix products: FP8 x FP8, FP8 x FP4, the experts', plain ones, and one per group of heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from v4_ascend.ops import formats
 from v4_ascend.ops.act_quant import act_quant
-from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, op
+from v4_ascend.ops.op import FLASH, OF_DIM, PRO, ROUNDED, Case, op
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ACT_GROUP = 128  # channels per activation scale of a GEMM input
@@ -183,3 +183,84 @@ def grouped_gemm(
             args = (x[rows], x_scale[rows], weight[expert], weight_scale[expert], out_dtype)
             out[rows] = gemm.reference(*args)
     return out
+
+
+def _linear_inputs(
+    g: torch.Generator, n_tokens: int, n: int, k: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    weight = torch.randn(n, k, generator=g) * k**-0.5
+    return {"x": torch.randn(n_tokens, k, generator=g).to(dtype), "weight": weight.to(dtype)}
+
+
+def _linear_cases() -> Iterator[Case]:
+    shapes = {
+        "empty": (0, 16, 32, ()),
+        "one": (1, 16, 64, ()),
+        "few": (7, 32, 64, ()),
+        "odd": (9, 19, 45, ()),
+        "many": (70, 48, 64, ()),
+        "flash-gate": (9, 256, 4096, FLASH),
+        "pro-gate": (9, 384, 7168, PRO),
+    }
+    for dtype in (BF16, FP32):
+        for name, (n_tokens, n, k, models) in shapes.items():
+            make = partial(_linear_inputs, n_tokens=n_tokens, n=n, k=k, dtype=dtype)
+            yield Case(f"{str(dtype).removeprefix('torch.')}-{name}", make, models)
+
+
+@op(cases=_linear_cases, tolerance=ROUNDED)
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply by a weight that is not quantised: ``x @ weight.T``.
+
+    Sums are fp32 and rounded once.
+
+    Shapes:
+        x       [n_tokens, k]  bf16 or fp32
+        weight  [n, k]  dtype of x
+        return  [n_tokens, n]  dtype of x
+
+    Source: DeepSeek-V4 inference/model.py, linear.
+    """
+    return F.linear(x, weight)
+
+
+def _heads_inputs(
+    g: torch.Generator, n_tokens: int, groups: int, out: int, k: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    weight = torch.randn(groups, out, k, generator=g) * k**-0.5
+    return {
+        "x": torch.randn(n_tokens, groups, k, generator=g).to(dtype),
+        "weight": weight.to(dtype),
+    }
+
+
+def _heads_cases() -> Iterator[Case]:
+    shapes = {
+        "empty": (0, 2, 16, 32, ()),
+        "one": (1, 2, 16, 32, ()),
+        "alone": (5, 1, 32, 16, ()),
+        "odd": (5, 3, 20, 24, ()),
+        "flash": (33, 8, 1024, 4096, FLASH),
+        "pro": (33, 16, 1024, 4096, PRO),
+    }
+    for dtype in (BF16, FP32):
+        for name, (n_tokens, groups, out, k, models) in shapes.items():
+            make = partial(_heads_inputs, n_tokens=n_tokens, groups=groups, out=out, k=k)
+            kind = str(dtype).removeprefix("torch.")
+            yield Case(f"{kind}-{name}", partial(make, dtype=dtype), models)
+
+
+@op(cases=_heads_cases, tolerance=ROUNDED)
+def heads_gemm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply what each group of heads gives by the group's own matrix, in one format.
+
+    Sums are fp32 and rounded once; nothing is quantised, as DeepSeek's `wo_a` is not.
+
+    Shapes:
+        x       [n_tokens, n_groups, k]  bf16 or fp32
+        weight  [n_groups, n, k]  dtype of x
+        return  [n_tokens, n_groups, n]  dtype of x
+
+    Source: DeepSeek-V4 inference/model.py, Attention, wo_a.
+    """
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)

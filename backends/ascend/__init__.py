@@ -6,6 +6,7 @@ Importing it needs no torch_npu: which kernel would run can be asked on any mach
 from __future__ import annotations
 
 from v4_ascend.backends.ascend import attention as attention
+from v4_ascend.backends.ascend import batched as batched
 from v4_ascend.backends.ascend import cache as cache
 from v4_ascend.backends.ascend import compressor as compressor
 from v4_ascend.backends.ascend import custom_ops, soc

@@ -174,6 +174,10 @@ TABLE: tuple[Row, ...] = (
         "OPD npu_grouped_matmul", _ALL,
     ),
     Row(
+        "heads_gemm", CHIPS, "transpose_batchmatmul", "npu::npu_transpose_batchmatmul",
+        "bf16; A2 and A3: sides of 16 n below 65536", "OPD npu_transpose_batchmatmul", _ALL,
+    ),
+    Row(
         "int8_act_quant", CHIPS, "dynamic_quant", "npu::npu_dynamic_quant", "bf16",
         "OPD npu_dynamic_quant", _ALL,
     ),

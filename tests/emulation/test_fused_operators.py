@@ -1,4 +1,4 @@
-"""Vendor operators that nothing here calls: numbers against the references, and refusals."""
+"""Vendor operators in one call for several of V4's: numbers against the references, refusals."""
 
 import pytest
 import torch
@@ -74,6 +74,42 @@ def test_what_it_has_not_is_a_limit(g):
     counts = torch.tensor([4])
     assert error(activated(x, weight, counts), activated(x, weight, counts, 10.0)) > 0.1
     assert "swiglu_limit" not in expert_gemm.npu_grouped_matmul_swiglu_quant_v2.__annotations__
+
+
+@pytest.mark.parametrize(
+    ("name", "perms"),
+    [
+        ("a3", {"perm_x1": [1, 0, 2]}),
+        ("a3", {"perm_x1": [0, 1, 2]}),
+        ("950dt", {"perm_x1": [1, 0, 2], "perm_x2": [0, 2, 1]}),
+    ],
+)
+def test_a_plain_product_per_group_of_heads(chip, g, name, perms):
+    chip(name)
+    x, weight = torch.randn(5, 8, 32, generator=g), torch.randn(8, 16, 32, generator=g)
+    of_call = (
+        x if perms["perm_x1"][0] else x.transpose(0, 1),
+        weight if "perm_x2" in perms else weight.transpose(1, 2),
+    )
+    got = batched.npu_transpose_batchmatmul(*of_call, **perms, perm_y=[1, 0, 2])
+    torch.testing.assert_close(got, torch.einsum("mbk,bnk->mbn", x, weight))
+
+
+def test_a_plain_product_per_group_refuses_what_a3_does(chip):
+    call, swaps = batched.npu_transpose_batchmatmul, {"perm_x1": [1, 0, 2]}
+    pro = torch.zeros(1, 16, 4096, dtype=BF16), torch.zeros(16, 4096, 16, dtype=BF16)
+    odd = torch.zeros(1, 2, 24, dtype=BF16), torch.zeros(2, 24, 16, dtype=BF16)
+    for x, weight in (pro, odd):
+        call(x, weight, **swaps)  # the 950 has no such limits
+    chip("a3")
+    call(pro[0].transpose(0, 1), pro[1])
+    for said, refused in (
+        (r"groups \* k is 65536; swapped by perm_x1", lambda: call(*pro, **swaps)),
+        (r"\(groups, k, n\) is \(2, 24, 16\)", lambda: call(*odd, **swaps)),
+        (r"perm_x2 is \[0, 2, 1\]", lambda: call(*pro, **swaps, perm_x2=[0, 2, 1])),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            refused()
 
 
 @pytest.mark.parametrize("by_row", [False, True])

@@ -62,6 +62,16 @@ def _takes_the_next_expert(right, weight, weight_scale, **rest):
     return right(weight=as_bytes.roll(1, 0).view(weight.dtype), weight_scale=scale, **rest)
 
 
+@_fault("heads_gemm")
+def _gives_each_group_the_next_ones_matrix(right, x, weight):
+    return right(x, weight.roll(1, 0))
+
+
+@_fault("linear")
+def _leaves_out_the_last_channel(right, x, weight):
+    return right(x[:, :-1], weight[:, :-1])
+
+
 @_fault("int8_act_quant")
 def _cuts_int8_instead_of_rounding(right, x):
     _, scale = right(x)

@@ -129,6 +129,10 @@ FAULTS = {
         *("hc_post", 3, "fp32", lambda n, a: n % (2 * LAYERS) == 7),
         changed(lambda a: {"comb": a["comb"].mT}),
     ),
+    "another group's matrix": (
+        *("heads_gemm", 2, "fp32", in_layer(2)),
+        changed(lambda a: {"weight": a["weight"].roll(1, 0)}),
+    ),
     "swapped scale": ("fp8_gemm", 0, "fp8", lambda n, a: n == 1, changed(_inverse_scale)),
     "wrong tie rule": (
         *("index_select", CSA[0], "fp32", lambda n, a: True),

@@ -15,6 +15,7 @@ from v4_ascend.model.shard import Shard, gathered, span_of, to_heads, to_tokens
 from v4_ascend.ops import (
     fp8_round_trip,
     head_rms_norm,
+    heads_gemm,
     rms_norm,
     rope,
     rope_inverse,
@@ -101,7 +102,7 @@ class Attention:
             o = self._attend(q, x[first:end], qr[first:end], everyone, batch, mine, cache)
             o = to_heads(o, len(x), tp)
         o = o.flatten(1).unflatten(1, (self.wo_a.shape[0], -1))
-        z = torch.bmm(o.transpose(0, 1), self.wo_a.transpose(1, 2)).transpose(0, 1)
+        z = heads_gemm(o, self.wo_a)
         return self.shard.tp.all_reduce(self.wo_b(z.flatten(1)))
 
     def write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.ops import (
@@ -16,6 +15,7 @@ from v4_ascend.ops import (
     grouped_int8_gemm,
     int8_act_quant,
     int8_gemm,
+    linear,
 )
 from v4_ascend.ops.formats import E8M0, FP8, dequantize_fp4, dequantize_fp8, unpack_int4_rows
 from v4_ascend.ops.gemm import ACT_GROUP
@@ -92,7 +92,7 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply [n_tokens, in] to [n_tokens, out]."""
         if self.scale is None:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         if self.weight.dtype == torch.int8:
             return int8_gemm(*int8_act_quant(x), self.weight, self.scale, self.dtype)
         return fp8_gemm(*act_quant(x, ACT_GROUP), self.weight, self.scale, self.dtype)

@@ -7,14 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.linear import GroupedLinear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard, Slots, gathered, span_of
 from v4_ascend.model.side_stream import side_stream
-from v4_ascend.ops import Group, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
+from v4_ascend.ops import Group, hash_gate, linear, moe_combine, moe_dispatch, swiglu, topk_gate
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Gate:
         self, x: torch.Tensor, input_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and ids, [n_tokens, topk] each; always in fp32."""
-        logits = F.linear(x.float(), self.weight)
+        logits = linear(x.float(), self.weight)
         if self.tid2eid is not None:
             return hash_gate(logits, self.tid2eid, input_ids, self.route_scale)
         if self.bias is None:

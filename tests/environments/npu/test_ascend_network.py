@@ -71,6 +71,7 @@ _BOTH = {
     "npu::npu_moe_token_unpermute": LAYERS,
     "npu::npu_grouped_matmul": 4 * LAYERS,
     "npu::npu_rms_norm": 5 * LAYERS + 1,
+    "npu::npu_transpose_batchmatmul": LAYERS,  # wo_a
 }
 PER_STEP = {"a2": _BOTH | _OLD, "a3": _BOTH | _OLD, "950": _BOTH | _NEW}
 # With INT8: wq_b and wo_b of each layer; an input of each of the experts' products is quantised.

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from v4_ascend.emulation.checks import Checks
-from v4_ascend.emulation.stand_in import stand_in
+from v4_ascend.emulation.stand_in import running_on, stand_in
 from v4_ascend.emulation.vendor import formats
 from v4_ascend.emulation.vendor.gemm import OUTPUTS
 from v4_ascend.emulation.vendor.norm import HALVES
 
 KEPT, SWAPPED, OF_ROWS = [0, 1, 2], [0, 2, 1], [1, 0, 2]
 MX_GROUPS = tuple([m, n, formats.MX_GROUP] for m in (0, 1) for n in (0, 1))
+MAX_SIDE = 65536  # on A2 and A3
 CHANNELS = 512, 128  # k and n of weights with a factor per channel
 
 
@@ -40,13 +41,28 @@ def npu_transpose_batchmatmul(
     check.one_of((1,), batch_split_factor=batch_split_factor)
     identity = [0, 1, 2]
     perms = [list(p) if p else identity for p in (perm_x1, perm_x2, perm_y)]
+    on_950 = running_on().generation == "950"
     check.one_of((identity, [1, 0, 2]), perm_x1=perms[0])
-    check.one_of((identity,), perm_x2=perms[1])
+    check.one_of((identity, SWAPPED) if on_950 else (identity,), perm_x2=perms[1])
     check.one_of(([1, 0, 2],), perm_y=perms[2] if perm_y else [1, 0, 2])
+    check.shape(None, None, None, input=input, weight=weight)
     a, b = input.permute(perms[0]), weight.permute(perms[1])
     check.shape(a.shape[0], a.shape[2], None, **{"weight, permuted": b})
+    if not on_950:
+        _check_old_limits(check, a, b, is_swapped=perms[0] != identity)
     y = (a.float() @ b.float()).to(input.dtype)
     return y.permute(1, 0, 2).contiguous()
+
+
+def _check_old_limits(check: Checks, a: torch.Tensor, b: torch.Tensor, is_swapped: bool) -> None:
+    """Refuse what A2 and A3 do not take of groups, channels and outputs."""
+    (groups, _, k), n = a.shape, b.shape[2]
+    limit = f"sides are below {MAX_SIDE}, k and n multiples of 16"
+    fits = max(groups, k, n) < MAX_SIDE and k % 16 == 0 and n % 16 == 0
+    check.need(fits, "(groups, k, n)", (groups, k, n), limit)
+    together = groups * k
+    limit = f"swapped by perm_x1 they are below {MAX_SIDE}"
+    check.need(together < MAX_SIDE or not is_swapped, "groups * k", together, limit)
 
 
 @stand_in("npu::npu_transpose_quant_batchmatmul", ("950",))
