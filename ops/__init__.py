@@ -18,7 +18,7 @@ from v4_ascend.ops.rms_norm import head_rms_norm, rms_norm
 from v4_ascend.ops.rope import rope, rope_inverse
 from v4_ascend.ops.sample import sample
 from v4_ascend.ops.sparse_attn import sparse_attn
-from v4_ascend.ops.swiglu import swiglu
+from v4_ascend.ops.swiglu import swiglu, swiglu_act_quant
 
 __all__ = [
     "OPS",
@@ -56,6 +56,7 @@ __all__ = [
     "sparse_attn",
     "store_rows",
     "swiglu",
+    "swiglu_act_quant",
     "topk_gate",
     "use_policy",
 ]

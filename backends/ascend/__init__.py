@@ -5,6 +5,7 @@ Importing it needs no torch_npu: which kernel would run can be asked on any mach
 
 from __future__ import annotations
 
+from v4_ascend.backends.ascend import activation as activation
 from v4_ascend.backends.ascend import attention as attention
 from v4_ascend.backends.ascend import cache as cache
 from v4_ascend.backends.ascend import compressor as compressor

@@ -10,7 +10,8 @@ from v4_ascend.backends.ascend.soc import NARROW_CHIPS, current_chip
 from v4_ascend.ops import OPS
 from v4_ascend.ops.op import Op
 
-MAKES_NARROW = ("act_quant", "fp4_act_quant")  # fp8 values or e8m0 scales come out
+# Fp8 values or e8m0 scales come out.
+MAKES_NARROW = ("act_quant", "fp4_act_quant", "swiglu_act_quant")
 NARROW_RECORDS = ("fp8", "fp4")
 
 

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 A2, A3, A5 = "a2", "a3", "950"
 CHIPS = (A2, A3, A5)
 NARROW_CHIPS = (A5,)  # that compute in fp8 and fp4
-NARROW_OPS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm")  # need such a chip
+# Which need such a chip.
+NARROW_OPS = ("act_quant", "fp4_act_quant", "swiglu_act_quant", "fp8_gemm", "fp4_gemm")
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.
 NAMES = (
@@ -155,6 +156,10 @@ TABLE: tuple[Row, ...] = (
     Row(
         "head_rms_norm", CHIPS, "npu_head_rms_norm", "npu::npu_rms_norm", "a norm without weight",
         "OPD npu_rms_norm", _ALL,
+    ),
+    _custom(
+        "swiglu_act_quant", (A5,), "swiglu_group_quant", "npu_swiglu_group_quant",
+        "bf16, halves of 128 n, a limit above 0",
     ),
     Row(
         "fp8_gemm", (A5,), "quant_matmul_mx", "npu::npu_quant_matmul",

@@ -225,6 +225,27 @@ def _clamps_the_gate_from_below(right, x, limit, weight):
     return right(torch.cat((gate.clamp_min(-limit / 4), up), dim=-1), limit, weight)
 
 
+@_fault("swiglu_act_quant")
+def _takes_one_scale_for_a_row(right, x, limit, weight):
+    values, scale = right(x, limit, weight)
+    most = scale.view(torch.uint8).amax(-1, keepdim=True).expand(scale.shape).contiguous()
+    wide = formats.dequantize_groups(values, scale)
+    scale = most.view(formats.E8M0)
+    return formats.round_to_fp8(wide / formats.spread_scale(scale, wide.shape, (1, 128))), scale
+
+
+@_fault("swiglu_act_quant")
+def _weighs_what_is_quantised_alone(right, x, limit, weight):
+    values, _ = right(x, limit, weight)
+    return values, right(x, limit, None)[1]
+
+
+@_fault("swiglu_act_quant")
+def _clamps_the_gate_alone(right, x, limit, weight):
+    gate, up = x.chunk(2, dim=-1)
+    return right(torch.cat((gate.clamp_max(limit), up), dim=-1), 1e9, weight)
+
+
 @_fault("rms_norm")
 def _forgets_the_last_row(right, x, weight, eps):
     out = torch.full_like(x, NAN)

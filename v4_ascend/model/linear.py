@@ -150,7 +150,12 @@ class GroupedLinear:
         if _is_int(self.weight, self.scale):
             quantised = int8_act_quant(x)
             return grouped_int8_gemm(*quantised, self.weight, self.scale, group_sizes, self.dtype)
-        values, scales = act_quant(x, ACT_GROUP)
+        return self.of_quantised(*act_quant(x, ACT_GROUP), group_sizes)
+
+    def of_quantised(
+        self, values: torch.Tensor, scales: torch.Tensor, group_sizes: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply rows as `act_quant` gives them: where `rounds_input` holds."""
         return grouped_gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
 
 

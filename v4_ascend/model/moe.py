@@ -14,7 +14,15 @@ from v4_ascend.model.linear import GroupedLinear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard, Slots, gathered, span_of
 from v4_ascend.model.side_stream import side_stream
-from v4_ascend.ops import Group, hash_gate, moe_combine, moe_dispatch, swiglu, topk_gate
+from v4_ascend.ops import (
+    Group,
+    hash_gate,
+    moe_combine,
+    moe_dispatch,
+    swiglu,
+    swiglu_act_quant,
+    topk_gate,
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,11 @@ class Experts:
         self, x: torch.Tensor, group_sizes: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
         """Run rows grouped by expert, [n_rows, dim] to [n_rows, dim]."""
-        return self.w2(swiglu(self.w13(x, group_sizes), self.swiglu_limit, weights), group_sizes)
+        hidden = self.w13(x, group_sizes)
+        if self.w2.rounds_input:
+            quantised = swiglu_act_quant(hidden, self.swiglu_limit, weights)
+            return self.w2.of_quantised(*quantised, group_sizes)
+        return self.w2(swiglu(hidden, self.swiglu_limit, weights), group_sizes)
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,6 @@ def uncalled(chip):
         rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
         yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}
     if chip == "950":
-        # The schema's default is a number of the vendor's own, no torch dtype of that name.
-        fp8 = {"dst_type": torch.float8_e4m3fn, "clamp_value": 10.0}
-        yield ops.npu_swiglu_group_quant.default, (t(4, 512), None, None), fp8
         return
     yield ops.npu_rms_norm_dynamic_quant.default, (t(4, 64), t(64)), {}
     experts = (

@@ -1,15 +1,15 @@
 """What a vendor's kernel should return, with no more rounding than it does.
 
 The references round where DeepSeek's published kernels do: probabilities to bf16, pooled rows
-before their norm. Fused kernels keep these in fp32, and are then further from the reference
-than its tolerance, which is meant for kernels that round at the same places. So they are held
-to the same tolerance around the same reference, computed in fp32 up to the roundings that
-the vendor's call has too.
+before their norm, an activation before it is quantised. Fused kernels keep these in fp32, and are
+then further from the reference than its tolerance, which is meant for kernels that round at the
+same places. So they are held to the same tolerance around the same reference, computed in fp32 up
+to the roundings that the vendor's call has too.
 """
 
 import torch
 
-from v4_ascend.ops import compress_kv, rope
+from v4_ascend.ops import compress_kv, rope, swiglu_act_quant
 
 
 def _attended_in_fp32(op, inputs):
@@ -29,6 +29,8 @@ def wanted(op, case, provider):
     fuses = provider == "_C_ascend"
     if fuses and op.name == "sparse_attn":
         result = _attended_in_fp32(op, inputs)
+    elif fuses and op is swiglu_act_quant:
+        result = op.reference(**inputs | {"x": inputs["x"].float()})
     elif fuses and op is compress_kv:
         result = _compressed_in_fp32(op, inputs)
     else:

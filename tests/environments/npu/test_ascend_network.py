@@ -59,6 +59,7 @@ _NEW = {
     "_C_ascend::npu_kv_quant_sparse_attn_sharedkv_metadata": LAYERS,
     "_C_ascend::kv_compress_epilog": LAYERS + 2,
     "_C_ascend::indexer_compress_epilog_v2": 1,
+    "_C_ascend::npu_swiglu_group_quant": 2 * LAYERS,  # experts, and the shared one
     "npu::npu_quant_matmul": 4 * LAYERS,
 }
 _BOTH = {
