@@ -92,9 +92,10 @@ def int8_gemm(
     return (sums.float() * b_scale * a_scale.unsqueeze(-1)).to(out_dtype)
 
 
-def _grouped_inputs(
+def grouped_inputs(
     g: torch.Generator, sizes: tuple[int, ...], n: int, k: int, bits: int, dtype: torch.dtype
 ) -> dict[str, Any]:
+    """Make a case's arguments: `bits` of the weights, 8 or 4."""
     x, x_scale = int8_act_quant.reference(torch.randn(sum(sizes), k, generator=g))
     weight, weight_scale = _weight(g, (len(sizes), n, k), bits)
     return {
@@ -118,7 +119,7 @@ def _grouped_cases() -> Iterator[Case]:
     for bits in (8, 4):
         for dtype in (BF16, FP32):
             for name, (sizes, n, k) in shapes.items():
-                make = partial(_grouped_inputs, sizes=sizes, n=n, k=k, bits=bits, dtype=dtype)
+                make = partial(grouped_inputs, sizes=sizes, n=n, k=k, bits=bits, dtype=dtype)
                 case = f"int{bits}-{str(dtype).removeprefix('torch.')}-{name}"
                 yield Case(case, make, models=(name.split("-")[0],) if n >= 2048 else ())
 

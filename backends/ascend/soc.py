@@ -195,6 +195,23 @@ TABLE: tuple[Row, ...] = (
         "int4 weights, 8 n output channels, bf16 out", "OPD npu_grouped_matmul; VA methods/w4a8.py",
         _OLD,
     ),
+    _custom(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_swiglu_quant",
+        "grouped_matmul_swiglu_quant", "int8 weights of at most 10240 x 65535, a limit above 0",
+    ),
+    _custom(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_swiglu_quant_v2",
+        "grouped_matmul_swiglu_quant_v2", "int4 weights, 8 n output channels, a limit above 0",
+    ),
+    Row(
+        "grouped_int8_gemm_swiglu", CHIPS, "grouped_matmul_to_int32", "npu::npu_grouped_matmul",
+        "int8 weights of at most 10240 x 65535, a limit above 0", "OPD npu_grouped_matmul", _ALL,
+    ),
+    Row(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_int4_to_bf16",
+        "npu::npu_grouped_matmul", "int4 weights, 8 n output channels, a limit above 0",
+        "OPD npu_grouped_matmul; VA methods/w4a8.py", _OLD,
+    ),
     Row(
         "moe_permute", CHIPS, "init_routing", "npu::npu_moe_init_routing_v2", "none",
         "OPD npu_moe_init_routing_v2", _ALL,

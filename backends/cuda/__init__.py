@@ -64,6 +64,7 @@ CUDA = Backend(
         "int8_act_quant": _INT8,
         "int8_gemm": _INT8,
         "grouped_int8_gemm": _INT8,
+        "grouped_int8_gemm_swiglu": _INT8,
     },
 )
 

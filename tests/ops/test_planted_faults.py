@@ -78,6 +78,20 @@ def _takes_the_next_int8_expert(right, weight, **rest):
     return right(weight=weight.roll(1, 0), **rest)
 
 
+@_fault("grouped_int8_gemm_swiglu")
+def _activates_without_a_limit(right, limit, **rest):
+    return right(limit=1e9, **rest)
+
+
+@_fault("grouped_int8_gemm_swiglu")
+def _rounds_the_product_to_bf16(right, x_scale, weight_scale, limit, **rest):
+    product = OPS["grouped_int8_gemm"].reference(
+        x_scale=x_scale, weight_scale=weight_scale, out_dtype=torch.bfloat16, **rest
+    )
+    act = OPS["swiglu"].reference(product, limit, None)
+    return formats.quantize_int8(act)
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

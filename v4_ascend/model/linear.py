@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from v4_ascend.ops import (
 )
 from v4_ascend.ops.formats import E8M0, FP8, dequantize_fp4, dequantize_fp8, unpack_int4_rows
 from v4_ascend.ops.gemm import ACT_GROUP
+from v4_ascend.ops.op import Op
 
 # Reads one tensor by its official name, in its official dtype.
 Source = Callable[[str], torch.Tensor]
@@ -113,9 +115,15 @@ class GroupedLinear:
 
     @classmethod
     def read(
-        cls, source: Source, names: list[tuple[str, ...]], numerics: Numerics
+        cls,
+        source: Source,
+        names: list[tuple[str, ...]],
+        numerics: Numerics,
+        int_gemm: Op[..., Any] = grouped_int8_gemm,
     ) -> GroupedLinear:
         """Stack experts; the parts of one expert are joined along its outputs.
+
+        `int_gemm` is what multiplies by INT8 and INT4.
 
         An expert is let go before the next one is read: beside the stack there is never more.
         """
@@ -134,29 +142,33 @@ class GroupedLinear:
         if weight is None:
             raise ValueError("no experts to read")
         if scale is not None:
-            gemm = grouped_int8_gemm if _is_int(weight, scale) else grouped_gemm
+            gemm = int_gemm if _is_int(weight, scale) else grouped_gemm
             gemm.prepare(weight, scale)
         return cls(weight, scale, numerics.dtype)
 
     @property
     def rounds_input(self) -> bool:
         """Whether a product begins with `act_quant` of its rows."""
-        return self.scale is not None and not _is_int(self.weight, self.scale)
+        return self.scale is not None and not self.is_int
+
+    @property
+    def is_int(self) -> bool:
+        """Whether it is INT8 or INT4."""
+        return self.scale is not None and _is_int(self.weight, self.scale)
 
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
         """Multiply [n_rows, in] to [n_rows, out], group by group."""
         if self.scale is None:
             return grouped_gemm(x, None, self.weight, None, group_sizes, self.dtype)
-        if _is_int(self.weight, self.scale):
-            quantised = int8_act_quant(x)
-            return grouped_int8_gemm(*quantised, self.weight, self.scale, group_sizes, self.dtype)
-        return self.of_quantised(*act_quant(x, ACT_GROUP), group_sizes)
+        quantised = int8_act_quant(x) if self.is_int else act_quant(x, ACT_GROUP)
+        return self.of_quantised(*quantised, group_sizes)
 
     def of_quantised(
         self, values: torch.Tensor, scales: torch.Tensor, group_sizes: torch.Tensor
     ) -> torch.Tensor:
-        """Multiply rows as `act_quant` gives them: where `rounds_input` holds."""
-        return grouped_gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
+        """Multiply rows as the weight's format wants them: of `int8_act_quant` or `act_quant`."""
+        gemm: Op[..., torch.Tensor] = grouped_int8_gemm if self.is_int else grouped_gemm
+        return gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
 
 
 def _is_int(weight: torch.Tensor, scale: torch.Tensor) -> bool:

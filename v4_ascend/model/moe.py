@@ -16,7 +16,9 @@ from v4_ascend.model.shard import Shard, Slots, gathered, span_of
 from v4_ascend.model.side_stream import side_stream
 from v4_ascend.ops import (
     Group,
+    grouped_int8_gemm_swiglu,
     hash_gate,
+    int8_act_quant,
     moe_combine,
     moe_dispatch,
     swiglu,
@@ -72,7 +74,8 @@ class Experts:
     @classmethod
     def read(cls, source: Source, names: list[str], limit: float, numerics: Numerics) -> Experts:
         """Read ``name.w1``, ``w2`` and ``w3`` of every expert."""
-        w13 = GroupedLinear.read(source, [(f"{n}.w1", f"{n}.w3") for n in names], numerics)
+        gate_up: list[tuple[str, ...]] = [(f"{n}.w1", f"{n}.w3") for n in names]
+        w13 = GroupedLinear.read(source, gate_up, numerics, grouped_int8_gemm_swiglu)
         w2 = GroupedLinear.read(source, [(f"{n}.w2",) for n in names], numerics)
         return cls(w13, w2, limit)
 
@@ -80,6 +83,13 @@ class Experts:
         self, x: torch.Tensor, group_sizes: torch.Tensor, weights: torch.Tensor | None
     ) -> torch.Tensor:
         """Run rows grouped by expert, [n_rows, dim] to [n_rows, dim]."""
+        if self.w13.is_int and self.w13.scale is not None:
+            values, scales = grouped_int8_gemm_swiglu(
+                *int8_act_quant(x), self.w13.weight, self.w13.scale, group_sizes, self.swiglu_limit
+            )
+            if weights is not None:  # positive: it scales a row and leaves its integers
+                scales = scales * weights
+            return self.w2.of_quantised(values, scales, group_sizes)
         hidden = self.w13(x, group_sizes)
         if self.w2.rounds_input:
             quantised = swiglu_act_quant(hidden, self.swiglu_limit, weights)

@@ -69,13 +69,3 @@ def uncalled(chip):
     if chip == "950":
         return
     yield ops.npu_rms_norm_dynamic_quant.default, (t(4, 64), t(64)), {}
-    experts = (
-        torch.randint(-9, 9, (6, 64), generator=g).to(torch.int8).to(NPU),
-        torch.randint(-9, 9, (2, 64, 128), generator=g).to(torch.int8).to(NPU),
-        t(2, 128, dtype=torch.float32), t(6, dtype=torch.float32).abs(),
-    )  # fmt: skip
-    ends = ints(2, 6, dtype=torch.int64)
-    yield ops.grouped_matmul_swiglu_quant.default, (*experts, ends), {"swiglu_limit": 10.0}
-    x, weight, scale, x_scale = experts
-    listed = (x, [weight], [scale], x_scale, ends, None, None, None)
-    yield ops.grouped_matmul_swiglu_quant_v2.default, listed, {"swiglu_limit": 10.0}

@@ -74,8 +74,18 @@ _BOTH = {
     "npu::npu_rms_norm": 5 * LAYERS + 1,
 }
 PER_STEP = {"a2": _BOTH | _OLD, "a3": _BOTH | _OLD, "950": _BOTH | _NEW}
-# With INT8: wq_b and wo_b of each layer; an input of each of the experts' products is quantised.
-_INT8 = {"npu::npu_quant_matmul": 2 * LAYERS, "npu::npu_dynamic_quant": (2 + 4) * LAYERS}
+# With INT8: wq_b and wo_b of each layer; the experts' first product quantises for their second.
+_INT8 = {
+    "npu::npu_quant_matmul": 2 * LAYERS,
+    "npu::npu_dynamic_quant": (2 + 2) * LAYERS,
+    "npu::npu_grouped_matmul": -2 * LAYERS,
+}
+# Routed experts may be INT4, which another operator takes; the shared one is INT8.
+_EXPERTS = "_C_ascend::grouped_matmul_swiglu_quant"
+_FUSED = {
+    "w8a8": {_EXPERTS: 2 * LAYERS},
+    "w4a8": {_EXPERTS: LAYERS, f"{_EXPERTS}_v2": LAYERS},
+}
 # And where more rows are visible than the index picks: the first chunk's 22 all fit.
 _CHOICE = {
     "_C_ascend::npu_vllm_quant_lightning_indexer": 1,
@@ -170,8 +180,10 @@ def test_logits_are_the_references_and_every_operator_is_called(by_references, o
     wanted = Counter({name: n * STEPS for name, n in PER_STEP[chip].items()})
     wanted.update({name: n * (STEPS - 1) for name, n in PER_CHOICE[chip].items()})
     wanted.update({name: n * STEPS for name, n in _INT8.items() if is_int8})
+    wanted.update({name: n * STEPS for name, n in _FUSED.get(kind, {}).items()})
+    wanted.update({"npu::npu_format_cast": 2 * LAYERS * is_int8})  # once, when they are loaded
     wanted.update({name: n * (STEPS - 1) for name, n in _INT8_CHOICE.items() if is_int8})
-    assert json.loads(out.read_text()) == wanted
+    assert json.loads(out.read_text()) == +wanted
 
 
 @pytest.mark.parametrize("chip", STOCK)
@@ -208,6 +220,7 @@ def test_every_vendor_operator_of_the_table_is_called_by_a_network(chip):
     Kernels are tested on every chip; networks of INT8 on A2 and A3, of stock operators on the 950.
     """
     called = set(PER_STEP[chip]) | set(PER_CHOICE[chip]) | set(_INT8) | _stock("950")
+    called |= {name for counts in _FUSED.values() for name in counts}
     rows = [r for r in soc.TABLE if chip in r.chips and not r.vendor.startswith("triton::")]
     of_table = {name for row in rows for name in (row.vendor, *row.beside)}
     assert of_table - set(OF_MANY_RANKS) == called & of_table
