@@ -11,7 +11,7 @@ from v4_ascend.ops.hadamard import hadamard
 from v4_ascend.ops.hyper_connection import hc_head, hc_post, hc_pre
 from v4_ascend.ops.indexer import index_scores, index_select, index_topk
 from v4_ascend.ops.int8 import grouped_int8_gemm, int8_act_quant, int8_gemm
-from v4_ascend.ops.int8_fused import grouped_int8_gemm_swiglu
+from v4_ascend.ops.int8_fused import grouped_int8_gemm_swiglu, rms_norm_int8
 from v4_ascend.ops.moe import Group, Solo, moe_combine, moe_dispatch, moe_permute, moe_unpermute
 from v4_ascend.ops.op import OPS, use_policy
 from v4_ascend.ops.records import RECORDS, store_rows
@@ -52,6 +52,7 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "rope_inverse",
     "sample",

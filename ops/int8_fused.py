@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from v4_ascend.ops import formats
-from v4_ascend.ops.gemm import FP32
+from v4_ascend.ops.gemm import BF16, FP32
 from v4_ascend.ops.int8 import grouped_inputs, grouped_int8_gemm
-from v4_ascend.ops.op import ROUNDED, Case, Tolerance, op
+from v4_ascend.ops.op import OF_DIM, ROUNDED, Case, Tolerance, op
+from v4_ascend.ops.rms_norm import rms_norm
 from v4_ascend.ops.swiglu import swiglu
 
 # Where an fp32 sum in another order is near a tie, the integer is its neighbour.
@@ -77,3 +78,35 @@ def grouped_int8_gemm_swiglu(
         raise ValueError("the weight was let go: its values are in the layout of a kernel alone")
     product = grouped_int8_gemm.reference(x, x_scale, weight, weight_scale, group_sizes, FP32)
     return formats.quantize_int8(swiglu.reference(product, limit, None))
+
+
+def _norm_inputs(g: torch.Generator, n_tokens: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    octave = torch.randint(-6, 6, (n_tokens, 1), generator=g).float()
+    x = torch.randn(n_tokens, dim, generator=g) * torch.exp2(octave)
+    # A checkpoint's norms are bf16, and are widened when they are read.
+    weight = torch.randn(dim, generator=g).to(dtype).float()
+    return {"x": x.to(dtype), "weight": weight, "eps": 1e-6}
+
+
+def _norm_cases() -> Iterator[Case]:
+    for dtype in (BF16, FP32):
+        for n_tokens, dim in ((0, 64), (1, 64), (3, 513), (33, 1536), *((128, d) for d in OF_DIM)):
+            name = f"{str(dtype).removeprefix('torch.')}-{n_tokens}x{dim}"
+            make = partial(_norm_inputs, n_tokens=n_tokens, dim=dim, dtype=dtype)
+            yield Case(name, make, models=OF_DIM.get(dim, ()))
+
+
+@op(cases=_norm_cases, tolerance=INT8_ROWS)
+def rms_norm_int8(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise `rms_norm` by token to int8, for INT8 products alone: fp32 is rounded once.
+
+    Shapes:
+        x       [n_tokens, dim]  bf16 or fp32
+        weight  [dim]  fp32
+        return  values [n_tokens, dim] int8, scales [n_tokens] fp32
+
+    Source: vllm-ascend csrc, rms_norm_dynamic_quant.
+    """
+    return formats.quantize_int8(rms_norm.reference(x.float(), weight, eps))

@@ -153,6 +153,14 @@ TABLE: tuple[Row, ...] = (
         "rms_norm", CHIPS, "npu_rms_norm", "npu::npu_rms_norm", "fp32 weight",
         "OPD npu_rms_norm", _ALL,
     ),
+    _custom(
+        "rms_norm_int8", (A2, A3), "rms_norm_dynamic_quant", "npu_rms_norm_dynamic_quant",
+        "bf16, a weight that bf16 holds",
+    ),
+    Row(
+        "rms_norm_int8", CHIPS, "npu_rms_norm_int8", "npu::npu_rms_norm", "fp32 weight",
+        "OPD npu_rms_norm", _ALL,
+    ),
     Row(
         "head_rms_norm", CHIPS, "npu_head_rms_norm", "npu::npu_rms_norm", "a norm without weight",
         "OPD npu_rms_norm", _ALL,

@@ -65,6 +65,7 @@ CUDA = Backend(
         "int8_gemm": _INT8,
         "grouped_int8_gemm": _INT8,
         "grouped_int8_gemm_swiglu": _INT8,
+        "rms_norm_int8": _INT8,
     },
 )
 

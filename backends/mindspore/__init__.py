@@ -46,6 +46,7 @@ MINDSPORE = Backend(
         "int8_gemm": _INT8,
         "grouped_int8_gemm": _INT8,
         "grouped_int8_gemm_swiglu": _INT8,
+        "rms_norm_int8": _INT8,
         "grouped_gemm": "mindspore's GroupedMatmul returns an empty tuple on CPU, without an error",
         "hadamard": "the indexer's rotation is part of the FP4 simulation, which torch does",
         "store_rows": _MOVES,

@@ -92,6 +92,18 @@ def _rounds_the_product_to_bf16(right, x_scale, weight_scale, limit, **rest):
     return formats.quantize_int8(act)
 
 
+@_fault("rms_norm_int8")
+def _quantises_before_it_weighs(right, x, weight, eps):
+    values, scale = right(x, torch.ones_like(weight), eps)
+    wide = values.float() * scale.unsqueeze(-1) * weight
+    return formats.quantize_int8(wide)
+
+
+@_fault("rms_norm_int8")
+def _takes_the_scale_of_the_input(right, x, weight, eps):
+    return right(x, weight, eps)[0], formats.quantize_int8(x)[1]
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

@@ -62,6 +62,18 @@ def _read(
 
 
 @dataclass(frozen=True)
+class Int8Rows:
+    """Rows that were quantised where they were made: values [n, in] and scales [n]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __getitem__(self, rows: slice) -> Int8Rows:
+        """Return some of the rows."""
+        return Int8Rows(self.values[rows], self.scales[rows])
+
+
+@dataclass(frozen=True)
 class Linear:
     """``x @ weight.T`` in the weight's own format.
 
@@ -91,12 +103,25 @@ class Linear:
         wide = weight if scale is None else _widen(weight, scale)
         return cls(wide.to(numerics.dtype), None, numerics.dtype)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply [n_tokens, in] to [n_tokens, out]."""
+    @property
+    def is_int8(self) -> bool:
+        """Whether it multiplies `Int8Rows`, or what becomes them."""
+        return self.scale is not None and self.weight.dtype == torch.int8
+
+    def __call__(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        """Multiply [n_tokens, in] to [n_tokens, out].
+
+        Raises:
+            ValueError: the rows are INT8 and the weight is not.
+        """
+        if isinstance(x, Int8Rows):
+            if self.scale is None or not self.is_int8:
+                raise ValueError(f"INT8 rows with a weight of {self.weight.dtype}")
+            return int8_gemm(x.values, x.scales, self.weight, self.scale, self.dtype)
         if self.scale is None:
             return F.linear(x, self.weight)
-        if self.weight.dtype == torch.int8:
-            return int8_gemm(*int8_act_quant(x), self.weight, self.scale, self.dtype)
+        if self.is_int8:
+            return self(Int8Rows(*int8_act_quant(x)))
         return fp8_gemm(*act_quant(x, ACT_GROUP), self.weight, self.scale, self.dtype)
 
 

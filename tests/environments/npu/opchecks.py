@@ -66,6 +66,3 @@ def uncalled(chip):
     for slots in (1, 2):
         rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
         yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}
-    if chip == "950":
-        return
-    yield ops.npu_rms_norm_dynamic_quant.default, (t(4, 64), t(64)), {}

@@ -74,10 +74,13 @@ _BOTH = {
     "npu::npu_rms_norm": 5 * LAYERS + 1,
 }
 PER_STEP = {"a2": _BOTH | _OLD, "a3": _BOTH | _OLD, "950": _BOTH | _NEW}
-# With INT8: wq_b and wo_b of each layer; the experts' first product quantises for their second.
+# With INT8: wq_b and wo_b of each layer. The norm quantises for wq_b and the indexer's, the
+# experts' first product for their second.
 _INT8 = {
+    "_C_ascend::npu_rms_norm_dynamic_quant": LAYERS,
+    "npu::npu_rms_norm": -LAYERS,
     "npu::npu_quant_matmul": 2 * LAYERS,
-    "npu::npu_dynamic_quant": (2 + 2) * LAYERS,
+    "npu::npu_dynamic_quant": (1 + 2) * LAYERS,
     "npu::npu_grouped_matmul": -2 * LAYERS,
 }
 # Routed experts may be INT4, which another operator takes; the shared one is INT8.
@@ -93,7 +96,7 @@ _CHOICE = {
     "_C_ascend::inplace_partial_rotary_mul": 1,
 }
 # The indexer's wq_b runs where there is a choice.
-_INT8_CHOICE = {"npu::npu_quant_matmul": 1, "npu::npu_dynamic_quant": 1}
+_INT8_CHOICE = {"npu::npu_quant_matmul": 1}
 PER_CHOICE = {"a2": _CHOICE, "a3": _CHOICE, "950": _CHOICE | {"npu::npu_quant_matmul": 1}}
 
 
