@@ -5,6 +5,7 @@ Each operator is declared once, by its reference function; `OPS` holds them all 
 
 from v4_ascend.ops.act_quant import act_quant, fp4_act_quant, fp4_round_trip, fp8_round_trip
 from v4_ascend.ops.compress_kv import compress_kv
+from v4_ascend.ops.expert_layer import expert_layer
 from v4_ascend.ops.gate import hash_gate, topk_gate
 from v4_ascend.ops.gemm import fp4_gemm, fp8_gemm, grouped_gemm
 from v4_ascend.ops.hadamard import hadamard
@@ -28,6 +29,7 @@ __all__ = [
     "Solo",
     "act_quant",
     "compress_kv",
+    "expert_layer",
     "fp4_act_quant",
     "fp4_gemm",
     "fp4_round_trip",

@@ -17,6 +17,7 @@ from v4_ascend.ops import grouped_int8_gemm_swiglu, swiglu, swiglu_act_quant
 from v4_ascend.ops.formats import E8M0, FP8, ceil_to_e8m0, quantize_int8
 from v4_ascend.ops.gemm import ACT_GROUP
 from v4_ascend.ops.int8 import is_int4
+from v4_ascend.ops.int8_fused import is_let_go
 
 BY_GROUP = 1  # quant_mode: a factor for each 128 channels
 FRACTAL_NZ = 29
@@ -57,22 +58,24 @@ def swiglu_group_quant(
 @grouped_int8_gemm_swiglu.preparation("ascend")
 def keep_first_product(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
     """Keep the weight as products read it, and let go of the one that was loaded."""
+    if is_let_go(weight):
+        return  # it was prepared before
     if not is_int4(weight, weight_scale):
-        made: tuple[torch.Tensor, ...] = (_cast(weight.transpose(1, 2).contiguous()),)
+        made: tuple[torch.Tensor, ...] = (to_nz(weight.transpose(1, 2).contiguous()),)
     elif weight_scale.shape[1] % PACKED or current_chip() == A5:
         return
     else:
         packed, scale, bias = packed_int4(weight, weight_scale)
-        made = _cast(packed), scale, bias
+        made = to_nz(packed), scale, bias
     prepared.keep(weight_scale, FIRST, made)
     prepared.let_go(weight)
 
 
-def _cast(matrix: torch.Tensor) -> torch.Tensor:
+def to_nz(matrix: torch.Tensor) -> torch.Tensor:
     """Bring a weight to FRACTAL_NZ; without an NPU the question is of shapes alone."""
     if matrix.device.type != "npu" or current_chip() == A5:
         return matrix
-    cast: torch.Tensor = torch_npu().npu_format_cast(matrix, FRACTAL_NZ)
+    cast: torch.Tensor = torch_npu().npu_formatto_nz(matrix, FRACTAL_NZ)
     return cast
 
 

@@ -77,14 +77,18 @@ def keep_int4(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
     weight.data = packed.view(torch.int8).transpose(1, 2)
 
 
+def fp32_in_low_half(scale: torch.Tensor) -> torch.Tensor:
+    """Return fp32 factors as some operators take them: in the low halves of int64."""
+    return scale.view(torch.int32).long() & 0xFFFFFFFF
+
+
 def packed_int4(
     weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return a kernel's weight int32 [e, k, n / 8], scale int64 [e, n] and bias [e, n]."""
     packed = weight.transpose(1, 2).contiguous().view(torch.int32)
-    bits = weight_scale.view(torch.int32).long() & 0xFFFFFFFF  # fp32 in the low half of 64 bits
     sums = [unpack_int4_rows(w).sum(-1, dtype=torch.float32) for w in weight]
-    return packed, bits, LOW_HALF * torch.stack(sums) * weight_scale
+    return packed, fp32_in_low_half(weight_scale), LOW_HALF * torch.stack(sums) * weight_scale
 
 
 def _why_no_int8_experts(

@@ -13,7 +13,7 @@ from v4_ascend.ops.op import Op
 
 # Fp8 values or e8m0 scales come out.
 MAKES_NARROW = ("act_quant", "fp4_act_quant", "swiglu_act_quant")
-LETS_GO = ("grouped_int8_gemm_swiglu",)  # of its weight, when that is prepared
+LETS_GO = {"grouped_int8_gemm_swiglu": "weight", "expert_layer": "w13"}  # when it is prepared
 NARROW_RECORDS = ("fp8", "fp4")
 
 
@@ -29,11 +29,11 @@ def _is_narrow(value: Any) -> bool:
 def _register(op: Op[..., Any]) -> None:
     makes_narrow = op.name in MAKES_NARROW
     may_round = "fp8" in op.signature.parameters
-    may_lack = op.name in LETS_GO
+    may_lack = LETS_GO.get(op.name)
 
     def why_not(*args: Any, **kwargs: Any) -> str | None:
-        if may_lack and is_let_go(op.signature.bind(*args, **kwargs).arguments["weight"]):
-            return "the weight was let go: it is kept in the layout of the vendor's kernels"
+        if may_lack and is_let_go(op.signature.bind(*args, **kwargs).arguments[may_lack]):
+            return f"{may_lack} was let go: it is kept in the layout of the vendor's kernels"
         chip = current_chip()
         if chip in NARROW_CHIPS:
             return None

@@ -24,6 +24,7 @@ CHIPS = (A2, A3, A5)
 NARROW_CHIPS = (A5,)  # that compute in fp8 and fp4
 # Which need such a chip.
 NARROW_OPS = ("act_quant", "fp4_act_quant", "swiglu_act_quant", "fp8_gemm", "fp4_gemm")
+WHOLE = ("expert_layer",)  # where no kernel takes them, models call their parts
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.
 NAMES = (
@@ -63,7 +64,7 @@ _ALL, _OLD, _NEW = ">= 8.5.1; 950: >= 9.1.0", ">= 8.5.1", ">= 9.1.0"
 def _custom(
     op: str, chips: tuple[str, ...], kernel: str, name: str, limits: str, *beside: str
 ) -> Row:
-    cann = {CHIPS: _ALL, (A2, A3): _OLD, (A5,): _NEW}[chips]
+    cann = {CHIPS: _ALL, (A2, A3): _OLD, (A3,): _OLD, (A5,): _NEW}[chips]
     others = tuple(f"_C_ascend::{other}" for other in beside)
     return Row(op, chips, kernel, f"_C_ascend::{name}", limits, f"VA {name}", cann, others)
 
@@ -220,6 +221,10 @@ TABLE: tuple[Row, ...] = (
         "npu::npu_grouped_matmul", "int4 weights, 8 n output channels, a limit above 0",
         "OPD npu_grouped_matmul; VA methods/w4a8.py", _OLD,
     ),
+    _custom(
+        "expert_layer", (A3,), "dispatch_ffn_combine", "dispatch_ffn_combine",
+        "int8 weights, 2 to 32 ranks of an HCCL group, bf16, and so the sums, a limit above 0",
+    ),
     Row(
         "moe_permute", CHIPS, "init_routing", "npu::npu_moe_init_routing_v2", "none",
         "OPD npu_moe_init_routing_v2", _ALL,
@@ -323,7 +328,8 @@ def plain_only(chip: str) -> list[str]:
     return [
         op.name
         for op in OPS.values()
-        if op.name not in absent(chip) and {k.provider for k in kernels_of(op, name)} == {"torch"}
+        if op.name not in (*absent(chip), *WHOLE)
+        and {k.provider for k in kernels_of(op, name)} == {"torch"}
     ]
 
 

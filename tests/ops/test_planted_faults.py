@@ -104,6 +104,17 @@ def _takes_the_scale_of_the_input(right, x, weight, eps):
     return right(x, weight, eps)[0], formats.quantize_int8(x)[1]
 
 
+@_fault("expert_layer")
+def _weighs_every_choice_alike(right, weights, **rest):
+    return right(weights=weights.mean(-1, keepdim=True).expand_as(weights).contiguous(), **rest)
+
+
+@_fault("expert_layer")
+def _counts_tokens_instead_of_rows(right, x, **rest):
+    y, load = right(x=x, **rest)
+    return y, load.clamp_max(len(x) // 2)
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
