@@ -75,7 +75,7 @@ def to_nz(matrix: torch.Tensor) -> torch.Tensor:
     """Bring a weight to FRACTAL_NZ; without an NPU the question is of shapes alone."""
     if matrix.device.type != "npu" or current_chip() == A5:
         return matrix
-    cast: torch.Tensor = torch_npu().npu_formatto_nz(matrix, FRACTAL_NZ)
+    cast: torch.Tensor = torch_npu().npu_format_cast(matrix, FRACTAL_NZ)
     return cast
 
 

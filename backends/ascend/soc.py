@@ -324,12 +324,11 @@ def kernels_of(op: Op[..., Any], chip: str) -> list[Kernel[..., Any]]:
 
 def plain_only(chip: str) -> list[str]:
     """Return the ops that have nothing but plain torch on a chip."""
-    name = chip_named(chip)
+    name, others = chip_named(chip), (*absent(chip), *WHOLE)
     return [
         op.name
         for op in OPS.values()
-        if op.name not in (*absent(chip), *WHOLE)
-        and {k.provider for k in kernels_of(op, name)} == {"torch"}
+        if op.name not in others and {k.provider for k in kernels_of(op, name)} == {"torch"}
     ]
 
 
