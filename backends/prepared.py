@@ -22,6 +22,14 @@ def keep(tensor: torch.Tensor, what: str, value: Any) -> None:
     _made.setdefault(tensor, {})[what] = value
 
 
+def let_go(tensor: torch.Tensor) -> None:
+    """Free what a tensor holds, now that kernels read what was made of it; its shape stays.
+
+    Whoever would read it has to refuse: `ops.int8_fused.is_let_go`.
+    """
+    tensor.data = tensor.new_zeros(1).expand(tensor.shape)
+
+
 def has(tensor: torch.Tensor, what: str) -> bool:
     """Whether `what` was made of this very tensor."""
     return what in _made.get(tensor, {})

@@ -5,12 +5,14 @@ Each operator is declared once, by its reference function; `OPS` holds them all 
 
 from v4_ascend.ops.act_quant import act_quant, fp4_act_quant, fp4_round_trip, fp8_round_trip
 from v4_ascend.ops.compress_kv import compress_kv
+from v4_ascend.ops.expert_layer import expert_layer
 from v4_ascend.ops.gate import hash_gate, topk_gate
 from v4_ascend.ops.gemm import fp4_gemm, fp8_gemm, grouped_gemm, heads_gemm, linear
 from v4_ascend.ops.hadamard import hadamard
 from v4_ascend.ops.hyper_connection import hc_head, hc_post, hc_pre
 from v4_ascend.ops.indexer import index_scores, index_select, index_topk
 from v4_ascend.ops.int8 import grouped_int8_gemm, int8_act_quant, int8_gemm
+from v4_ascend.ops.int8_fused import grouped_int8_gemm_swiglu, rms_norm_int8
 from v4_ascend.ops.moe import Group, Solo, moe_combine, moe_dispatch, moe_permute, moe_unpermute
 from v4_ascend.ops.op import OPS, use_policy
 from v4_ascend.ops.records import RECORDS, store_rows
@@ -18,7 +20,7 @@ from v4_ascend.ops.rms_norm import head_rms_norm, rms_norm
 from v4_ascend.ops.rope import rope, rope_inverse
 from v4_ascend.ops.sample import sample
 from v4_ascend.ops.sparse_attn import sparse_attn
-from v4_ascend.ops.swiglu import swiglu
+from v4_ascend.ops.swiglu import swiglu, swiglu_act_quant
 
 __all__ = [
     "OPS",
@@ -27,6 +29,7 @@ __all__ = [
     "Solo",
     "act_quant",
     "compress_kv",
+    "expert_layer",
     "fp4_act_quant",
     "fp4_gemm",
     "fp4_round_trip",
@@ -34,6 +37,7 @@ __all__ = [
     "fp8_round_trip",
     "grouped_gemm",
     "grouped_int8_gemm",
+    "grouped_int8_gemm_swiglu",
     "hadamard",
     "hash_gate",
     "hc_head",
@@ -53,12 +57,14 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "rms_norm",
+    "rms_norm_int8",
     "rope",
     "rope_inverse",
     "sample",
     "sparse_attn",
     "store_rows",
     "swiglu",
+    "swiglu_act_quant",
     "topk_gate",
     "use_policy",
 ]

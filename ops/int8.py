@@ -42,7 +42,10 @@ def int8_act_quant(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return formats.quantize_int8(x)
 
 
-def _weight(g: torch.Generator, shape: tuple[int, ...], bits: int) -> tuple[torch.Tensor, ...]:
+def grouped_weight(
+    g: torch.Generator, shape: tuple[int, ...], bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make a case's weight and its scales, INT8 or packed INT4."""
     plain = torch.randn(shape, generator=g) * shape[-1] ** -0.5
     if bits == 8:
         return formats.quantize_int8(plain)
@@ -54,7 +57,7 @@ def _gemm_inputs(
     g: torch.Generator, m: int, n: int, k: int, out_dtype: torch.dtype
 ) -> dict[str, Any]:
     a, a_scale = int8_act_quant.reference(torch.randn(m, k, generator=g))
-    b, b_scale = _weight(g, (n, k), 8)
+    b, b_scale = grouped_weight(g, (n, k), 8)
     return {"a": a, "a_scale": a_scale, "b": b, "b_scale": b_scale, "out_dtype": out_dtype}
 
 
@@ -92,11 +95,12 @@ def int8_gemm(
     return (sums.float() * b_scale * a_scale.unsqueeze(-1)).to(out_dtype)
 
 
-def _grouped_inputs(
+def grouped_inputs(
     g: torch.Generator, sizes: tuple[int, ...], n: int, k: int, bits: int, dtype: torch.dtype
 ) -> dict[str, Any]:
+    """Make a case's arguments: `bits` of the weights, 8 or 4."""
     x, x_scale = int8_act_quant.reference(torch.randn(sum(sizes), k, generator=g))
-    weight, weight_scale = _weight(g, (len(sizes), n, k), bits)
+    weight, weight_scale = grouped_weight(g, (len(sizes), n, k), bits)
     return {
         "x": x,
         "x_scale": x_scale,
@@ -118,7 +122,7 @@ def _grouped_cases() -> Iterator[Case]:
     for bits in (8, 4):
         for dtype in (BF16, FP32):
             for name, (sizes, n, k) in shapes.items():
-                make = partial(_grouped_inputs, sizes=sizes, n=n, k=k, bits=bits, dtype=dtype)
+                make = partial(grouped_inputs, sizes=sizes, n=n, k=k, bits=bits, dtype=dtype)
                 case = f"int{bits}-{str(dtype).removeprefix('torch.')}-{name}"
                 yield Case(case, make, models=(name.split("-")[0],) if n >= 2048 else ())
 

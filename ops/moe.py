@@ -106,7 +106,7 @@ def _unpermute_inputs(
     return {"rows": rows, "source": source, "topk": topk}
 
 
-def _dispatch_inputs(
+def dispatch_inputs(
     g: torch.Generator,
     n_tokens: int,
     dim: int,
@@ -115,13 +115,14 @@ def _dispatch_inputs(
     dtype: torch.dtype,
     fp8: bool = False,
 ) -> dict[str, Any]:
+    """Make a case's arguments, of a group of one rank."""
     inputs = _permute_inputs(g, n_tokens, dim, n_experts, topk, dtype)
     weights = torch.rand(n_tokens, topk, generator=g)
     return inputs | {"weights": weights, "group": Solo(), "fp8": fp8}
 
 
 def _dispatch_cases() -> Iterator[Case]:
-    yield from _cases(_dispatch_inputs)
+    yield from _cases(dispatch_inputs)
     shape: dict[str, Any] = {
         "n_tokens": 33,
         "dim": 256,
@@ -129,7 +130,7 @@ def _dispatch_cases() -> Iterator[Case]:
         "topk": 3,
         "dtype": torch.bfloat16,
     }
-    yield Case("bfloat16-33x256-e7-fp8", partial(_dispatch_inputs, **shape, fp8=True))
+    yield Case("bfloat16-33x256-e7-fp8", partial(dispatch_inputs, **shape, fp8=True))
 
 
 def _combine_inputs(

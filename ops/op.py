@@ -92,12 +92,15 @@ class Policy:
         fallback: what a call does that no kernel of an accelerator accepts.
         around: makes every call of an op: gets the op, the chosen kernel and the arguments, and
             returns what the kernel returned.
+        parts: whether an operator that does what several do gives way to these, so that a trace
+            tells them apart.
     """
 
     backend: str | None = None
     kernels: Literal["fast", "reference"] = "fast"
     fallback: Literal["error", "reference"] = "error"
     around: Callable[..., Any] | None = None
+    parts: bool = False
 
 
 _policy = Policy()
@@ -195,6 +198,16 @@ class Op(Generic[P, R]):
     def tried(self, backend: str) -> tuple[Kernel[P, R], ...]:
         """Return the kernels that calls on `backend` try, in order."""
         return self._tried.get(backend, ())
+
+    def is_taken(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether the device has a kernel of its own for these arguments, plain torch aside.
+
+        A model asks it of an operator that does what several others do.
+        """
+        if _policy.parts or _policy.kernels == "reference":
+            return False
+        tried = self.tried(_policy.backend or _backend_of(args, kwargs))
+        return any(k.provider != "torch" and k.why_not(*args, **kwargs) is None for k in tried)
 
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         """Return the first of the backend's kernels that accepts the arguments.

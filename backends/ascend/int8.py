@@ -69,14 +69,26 @@ def quant_matmul_int8(
 
 @grouped_int8_gemm.preparation("ascend")
 def keep_int4(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
-    """Keep INT4 experts as the kernel reads them."""
+    """Keep INT4 experts as the kernel reads them; the weight itself shows the same bytes."""
     if not is_int4(weight, weight_scale) or weight_scale.shape[1] % PACKED:
         return
+    packed, scale, bias = packed_int4(weight, weight_scale)
+    prepared.keep(weight_scale, INT4, (packed, scale.unsqueeze(1), bias))
+    weight.data = packed.view(torch.int8).transpose(1, 2)
+
+
+def fp32_in_low_half(scale: torch.Tensor) -> torch.Tensor:
+    """Return fp32 factors as some operators take them: in the low halves of int64."""
+    return scale.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def packed_int4(
+    weight: torch.Tensor, weight_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a kernel's weight int32 [e, k, n / 8], scale int64 [e, n] and bias [e, n]."""
     packed = weight.transpose(1, 2).contiguous().view(torch.int32)
-    bits = weight_scale.view(torch.int32).long() & 0xFFFFFFFF  # fp32 in the low half of 64 bits
     sums = [unpack_int4_rows(w).sum(-1, dtype=torch.float32) for w in weight]
-    bias = LOW_HALF * torch.stack(sums) * weight_scale
-    prepared.keep(weight_scale, INT4, (packed, bits.unsqueeze(1), bias))
+    return packed, fp32_in_low_half(weight_scale), LOW_HALF * torch.stack(sums) * weight_scale
 
 
 def _why_no_int8_experts(

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import c_ascend, torch_npu
-from v4_ascend.ops import head_rms_norm, rms_norm, rope, rope_inverse
+from v4_ascend.ops import head_rms_norm, rms_norm, rms_norm_int8, rope, rope_inverse
+from v4_ascend.ops.formats import quantize_int8
 
+GAMMA = "bf16 gamma"  # of a norm's weight
 MAX_ROPE_DIM = 896  # of npu_rotary_mul; V4 rotates 64 channels
 
 
@@ -25,6 +28,46 @@ def npu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
         return torch.empty_like(x)
     y, _ = torch_npu().npu_rms_norm(x.float().contiguous(), weight, eps)
     return y.to(x.dtype)
+
+
+@rms_norm_int8.preparation("ascend")
+def keep_gamma(weight: torch.Tensor) -> None:
+    """Keep the weight in bf16, if that is what the checkpoint had."""
+    narrow = weight.bfloat16()
+    if bool((narrow == weight).all()):
+        prepared.keep(weight, GAMMA, narrow)
+
+
+def _why_no_int8_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:
+    if x.dtype != torch.bfloat16:
+        return f"x is {x.dtype}, must be bf16"
+    if not prepared.has(weight, GAMMA):
+        return "weight was not prepared, or has values that bf16 does not hold"
+    return None
+
+
+@rms_norm_int8.kernel("ascend", provider="_C_ascend", why_not=_why_no_int8_norm)
+def rms_norm_dynamic_quant(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm and quantise in one call."""
+    if not x.numel():
+        return quantize_int8(x)
+    values, scales = c_ascend("npu_rms_norm_dynamic_quant")(
+        x.contiguous(), prepared.get(weight, GAMMA), epsilon=eps
+    )
+    return values, scales
+
+
+@rms_norm_int8.kernel("ascend", provider="torch_npu", why_not=_why_no_norm)
+def npu_rms_norm_int8(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm in fp32, which the stock quantiser does not take: torch quantises."""
+    if not x.numel():
+        return quantize_int8(x)
+    y, _ = torch_npu().npu_rms_norm(x.float().contiguous(), weight, eps)
+    return quantize_int8(y)
 
 
 @head_rms_norm.kernel("ascend", provider="torch_npu")

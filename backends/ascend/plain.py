@@ -8,9 +8,12 @@ import torch
 
 from v4_ascend.backends.ascend.soc import NARROW_CHIPS, current_chip
 from v4_ascend.ops import OPS
+from v4_ascend.ops.int8_fused import is_let_go
 from v4_ascend.ops.op import Op
 
-MAKES_NARROW = ("act_quant", "fp4_act_quant")  # fp8 values or e8m0 scales come out
+# Fp8 values or e8m0 scales come out.
+MAKES_NARROW = ("act_quant", "fp4_act_quant", "swiglu_act_quant")
+LETS_GO = {"grouped_int8_gemm_swiglu": "weight", "expert_layer": "w13"}  # when it is prepared
 NARROW_RECORDS = ("fp8", "fp4")
 
 
@@ -26,8 +29,11 @@ def _is_narrow(value: Any) -> bool:
 def _register(op: Op[..., Any]) -> None:
     makes_narrow = op.name in MAKES_NARROW
     may_round = "fp8" in op.signature.parameters
+    may_lack = LETS_GO.get(op.name)
 
     def why_not(*args: Any, **kwargs: Any) -> str | None:
+        if may_lack and is_let_go(op.signature.bind(*args, **kwargs).arguments[may_lack]):
+            return f"{may_lack} was let go: it is kept in the layout of the vendor's kernels"
         chip = current_chip()
         if chip in NARROW_CHIPS:
             return None

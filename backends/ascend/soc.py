@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 A2, A3, A5 = "a2", "a3", "950"
 CHIPS = (A2, A3, A5)
 NARROW_CHIPS = (A5,)  # that compute in fp8 and fp4
-NARROW_OPS = ("act_quant", "fp4_act_quant", "fp8_gemm", "fp4_gemm")  # need such a chip
+# Which need such a chip.
+NARROW_OPS = ("act_quant", "fp4_act_quant", "swiglu_act_quant", "fp8_gemm", "fp4_gemm")
+WHOLE = ("expert_layer",)  # where no kernel takes them, models call their parts
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.
 NAMES = (
@@ -62,7 +64,7 @@ _ALL, _OLD, _NEW = ">= 8.5.1; 950: >= 9.1.0", ">= 8.5.1", ">= 9.1.0"
 def _custom(
     op: str, chips: tuple[str, ...], kernel: str, name: str, limits: str, *beside: str
 ) -> Row:
-    cann = {CHIPS: _ALL, (A2, A3): _OLD, (A5,): _NEW}[chips]
+    cann = {CHIPS: _ALL, (A2, A3): _OLD, (A3,): _OLD, (A5,): _NEW}[chips]
     others = tuple(f"_C_ascend::{other}" for other in beside)
     return Row(op, chips, kernel, f"_C_ascend::{name}", limits, f"VA {name}", cann, others)
 
@@ -152,9 +154,21 @@ TABLE: tuple[Row, ...] = (
         "rms_norm", CHIPS, "npu_rms_norm", "npu::npu_rms_norm", "fp32 weight",
         "OPD npu_rms_norm", _ALL,
     ),
+    _custom(
+        "rms_norm_int8", (A2, A3), "rms_norm_dynamic_quant", "npu_rms_norm_dynamic_quant",
+        "bf16, a weight that bf16 holds",
+    ),
+    Row(
+        "rms_norm_int8", CHIPS, "npu_rms_norm_int8", "npu::npu_rms_norm", "fp32 weight",
+        "OPD npu_rms_norm", _ALL,
+    ),
     Row(
         "head_rms_norm", CHIPS, "npu_head_rms_norm", "npu::npu_rms_norm", "a norm without weight",
         "OPD npu_rms_norm", _ALL,
+    ),
+    _custom(
+        "swiglu_act_quant", (A5,), "swiglu_group_quant", "npu_swiglu_group_quant",
+        "bf16, halves of 128 n, a limit above 0",
     ),
     Row(
         "fp8_gemm", (A5,), "quant_matmul_mx", "npu::npu_quant_matmul",
@@ -193,6 +207,27 @@ TABLE: tuple[Row, ...] = (
         "grouped_int8_gemm", (A2, A3), "grouped_matmul_int4", "npu::npu_grouped_matmul",
         "int4 weights, 8 n output channels, bf16 out", "OPD npu_grouped_matmul; VA methods/w4a8.py",
         _OLD,
+    ),
+    _custom(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_swiglu_quant",
+        "grouped_matmul_swiglu_quant", "int8 weights of at most 10240 x 65535, a limit above 0",
+    ),
+    _custom(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_swiglu_quant_v2",
+        "grouped_matmul_swiglu_quant_v2", "int4 weights, 8 n output channels, a limit above 0",
+    ),
+    Row(
+        "grouped_int8_gemm_swiglu", CHIPS, "grouped_matmul_to_int32", "npu::npu_grouped_matmul",
+        "int8 weights of at most 10240 x 65535, a limit above 0", "OPD npu_grouped_matmul", _ALL,
+    ),
+    Row(
+        "grouped_int8_gemm_swiglu", (A2, A3), "grouped_matmul_int4_to_bf16",
+        "npu::npu_grouped_matmul", "int4 weights, 8 n output channels, a limit above 0",
+        "OPD npu_grouped_matmul; VA methods/w4a8.py", _OLD,
+    ),
+    _custom(
+        "expert_layer", (A3,), "dispatch_ffn_combine", "dispatch_ffn_combine",
+        "int8 weights, 2 to 32 ranks of an HCCL group, bf16, and so the sums, a limit above 0",
     ),
     Row(
         "moe_permute", CHIPS, "init_routing", "npu::npu_moe_init_routing_v2", "none",
@@ -293,11 +328,11 @@ def kernels_of(op: Op[..., Any], chip: str) -> list[Kernel[..., Any]]:
 
 def plain_only(chip: str) -> list[str]:
     """Return the ops that have nothing but plain torch on a chip."""
-    name = chip_named(chip)
+    name, others = chip_named(chip), (*absent(chip), *WHOLE)
     return [
         op.name
         for op in OPS.values()
-        if op.name not in absent(chip) and {k.provider for k in kernels_of(op, name)} == {"torch"}
+        if op.name not in others and {k.provider for k in kernels_of(op, name)} == {"torch"}
     ]
 
 

@@ -63,7 +63,10 @@ CUDA = Backend(
     missing={
         "int8_act_quant": _INT8,
         "int8_gemm": _INT8,
+        "expert_layer": _INT8,
         "grouped_int8_gemm": _INT8,
+        "grouped_int8_gemm_swiglu": _INT8,
+        "rms_norm_int8": _INT8,
     },
 )
 

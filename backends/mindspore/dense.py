@@ -17,9 +17,11 @@ from v4_ascend.ops import (
     rope,
     rope_inverse,
     swiglu,
+    swiglu_act_quant,
     topk_gate,
 )
 from v4_ascend.ops.formats import E8M0, FP8
+from v4_ascend.ops.gemm import ACT_GROUP
 
 
 @rms_norm.kernel("mindspore", provider="mindspore")
@@ -141,6 +143,18 @@ def ms_swiglu(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> tor
     if not len(x):
         return x[:, : x.shape[1] // 2]
     return run("choice.swiglu", x, limit, weight)
+
+
+def _why_no_halves(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> str | None:
+    return _why_no_groups(x, 2 * ACT_GROUP)
+
+
+@swiglu_act_quant.kernel("mindspore", provider="mindspore", why_not=_why_no_halves)
+def ms_swiglu_act_quant(
+    x: torch.Tensor, limit: float, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, one after the other."""
+    return ms_act_quant(ms_swiglu(x, limit, weight), ACT_GROUP)
 
 
 @index_topk.kernel("mindspore", provider="mindspore")

@@ -51,6 +51,10 @@ def _why_not_quant(x: torch.Tensor, group_size: int) -> str | None:
     return _stream(x=x) or _power_of_two("group_size", group_size, 2)
 
 
+def _why_not_swiglu_quant(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> str | None:
+    return _stream(x=x) or _depth(x.shape[1] // 2)
+
+
 def _why_not_store(
     storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
 ) -> str | None:
@@ -147,7 +151,11 @@ MODULES: dict[str, dict[str, Any]] = {
         "hadamard": _why_not_hadamard,
         "swiglu": _any_stream,
     },
-    "quant": {"act_quant": _why_not_quant, "fp4_act_quant": _why_not_quant},
+    "quant": {
+        "act_quant": _why_not_quant,
+        "fp4_act_quant": _why_not_quant,
+        "swiglu_act_quant": _why_not_swiglu_quant,
+    },
     "hyper_connection": {"hc_pre": _any_stream, "hc_post": _any_stream, "hc_head": _any_stream},
     "gate": {"topk_gate": None, "hash_gate": None},
     "paged": {"store_rows": _why_not_store},

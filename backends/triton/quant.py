@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from v4_ascend.ops.formats import E8M0, FP8
+from v4_ascend.ops.gemm import ACT_GROUP
 
 
 @triton.jit
@@ -137,3 +138,45 @@ def fp4_act_quant(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
         grid = (triton.cdiv(n_groups, groups),)
         _fp4_act_quant[grid](x, values, scales, n_groups, groups, group_size // 2)
     return values.view(torch.int8), scales.view(E8M0)
+
+
+@triton.jit
+def _swiglu_act_quant(
+    x, weight, values, scales, inter_dim, limit,
+    HAS_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """As `_swiglu` and `_act_quant`: the activation is rounded to the dtype of x in between."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    n_groups = inter_dim // SIZE
+    mask = (group < n_groups)[:, None]
+    cols = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    at = x + row * 2 * inter_dim + cols
+    gate = tl.minimum(tl.load(at, mask, 0.0).to(tl.float32), limit)
+    up = tl.load(at + inter_dim, mask, 0.0).to(tl.float32)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    if HAS_WEIGHT:
+        y *= tl.load(weight + row)
+    y = y.to(x.dtype.element_ty).to(tl.float32)
+    byte = fp8_scale_byte(tl.max(tl.abs(y), 1))
+    code = float_to_e4m3(y * inverse_of_e8m0(byte)[:, None])
+    tl.store(values + row * inter_dim + cols, code.to(tl.uint8), mask)
+    tl.store(scales + row * n_groups + group, byte.to(tl.uint8), group < n_groups)
+
+
+def swiglu_act_quant(
+    x: torch.Tensor, limit: float, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the op `swiglu_act_quant`."""
+    x = x.contiguous()
+    n_rows, inter_dim = x.shape[0], x.shape[1] // 2
+    values = torch.empty(n_rows, inter_dim, dtype=torch.uint8, device=x.device)
+    scales = values.new_empty(n_rows, inter_dim // ACT_GROUP)
+    if n_rows:
+        groups = 8
+        factors = x if weight is None else weight.contiguous()
+        _swiglu_act_quant[(n_rows, triton.cdiv(scales.shape[1], groups))](
+            x, factors, values, scales, inter_dim, limit, weight is not None, groups, ACT_GROUP
+        )
+    return values.view(FP8), scales.view(E8M0)

@@ -88,6 +88,43 @@ def _takes_the_next_int8_expert(right, weight, **rest):
     return right(weight=weight.roll(1, 0), **rest)
 
 
+@_fault("grouped_int8_gemm_swiglu")
+def _activates_without_a_limit(right, limit, **rest):
+    return right(limit=1e9, **rest)
+
+
+@_fault("grouped_int8_gemm_swiglu")
+def _rounds_the_product_to_bf16(right, x_scale, weight_scale, limit, **rest):
+    product = OPS["grouped_int8_gemm"].reference(
+        x_scale=x_scale, weight_scale=weight_scale, out_dtype=torch.bfloat16, **rest
+    )
+    act = OPS["swiglu"].reference(product, limit, None)
+    return formats.quantize_int8(act)
+
+
+@_fault("rms_norm_int8")
+def _quantises_before_it_weighs(right, x, weight, eps):
+    values, scale = right(x, torch.ones_like(weight), eps)
+    wide = values.float() * scale.unsqueeze(-1) * weight
+    return formats.quantize_int8(wide)
+
+
+@_fault("rms_norm_int8")
+def _takes_the_scale_of_the_input(right, x, weight, eps):
+    return right(x, weight, eps)[0], formats.quantize_int8(x)[1]
+
+
+@_fault("expert_layer")
+def _weighs_every_choice_alike(right, weights, **rest):
+    return right(weights=weights.mean(-1, keepdim=True).expand_as(weights).contiguous(), **rest)
+
+
+@_fault("expert_layer")
+def _counts_tokens_instead_of_rows(right, x, **rest):
+    y, load = right(x=x, **rest)
+    return y, load.clamp_max(len(x) // 2)
+
+
 @_fault("fp4_gemm")
 def _reads_the_high_nibble_first(right, b, **rest):
     code = formats.unpack_fp4(b).unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -233,6 +270,27 @@ def _does_not_clamp(right, x, limit, weight):
 def _clamps_the_gate_from_below(right, x, limit, weight):
     gate, up = x.chunk(2, dim=-1)
     return right(torch.cat((gate.clamp_min(-limit / 4), up), dim=-1), limit, weight)
+
+
+@_fault("swiglu_act_quant")
+def _takes_one_scale_for_a_row(right, x, limit, weight):
+    values, scale = right(x, limit, weight)
+    most = scale.view(torch.uint8).amax(-1, keepdim=True).expand(scale.shape).contiguous()
+    wide = formats.dequantize_groups(values, scale)
+    scale = most.view(formats.E8M0)
+    return formats.round_to_fp8(wide / formats.spread_scale(scale, wide.shape, (1, 128))), scale
+
+
+@_fault("swiglu_act_quant")
+def _weighs_what_is_quantised_alone(right, x, limit, weight):
+    values, _ = right(x, limit, weight)
+    return values, right(x, limit, None)[1]
+
+
+@_fault("swiglu_act_quant")
+def _clamps_the_gate_alone(right, x, limit, weight):
+    gate, up = x.chunk(2, dim=-1)
+    return right(torch.cat((gate.clamp_max(limit), up), dim=-1), 1e9, weight)
 
 
 @_fault("rms_norm")

@@ -132,7 +132,7 @@ def emulated_facts(groups):
     return {
         "groups": collectives.asked(),
         "hccl_name": groups.ep.hccl_name,
-        "calls": emulation.calls("npu") | emulation.calls("c10d"),
+        "calls": emulation.calls("npu") | emulation.calls("_C_ascend") | emulation.calls("c10d"),
         "device": str(torch.empty(1, device="npu").device),
     }
 

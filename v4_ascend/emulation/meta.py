@@ -137,9 +137,9 @@ def _experts(
 
 @_of("grouped_matmul_swiglu_quant_v2")
 def _experts_v2(
-    x: torch.Tensor, weight: Sequence[torch.Tensor], transpose_weight: bool, **_: Any
+    x: torch.Tensor, weight_scale: Sequence[torch.Tensor], **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _expert_rows(x, weight[0].shape[-2 if transpose_weight else -1])
+    return _expert_rows(x, weight_scale[0].shape[-1])  # of int4 the weight is packed
 
 
 @_of("dispatch_ffn_combine")

@@ -9,7 +9,7 @@ import torch
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.compressor import Compressor, Indexer
-from v4_ascend.model.linear import Linear, Source, read_plain, read_wide
+from v4_ascend.model.linear import Int8Rows, Linear, Source, read_plain, read_wide
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard, gathered, span_of, to_heads, to_tokens
 from v4_ascend.ops import (
@@ -17,6 +17,7 @@ from v4_ascend.ops import (
     head_rms_norm,
     heads_gemm,
     rms_norm,
+    rms_norm_int8,
     rope,
     rope_inverse,
     sparse_attn,
@@ -61,7 +62,7 @@ class Attention:
         """Read ``at.*``."""
         wo_a = read_wide(source, f"{at}.wo_a", numerics)
         has_rows, has_index = ratio > 0, ratio == 4
-        return cls(
+        attention = cls(
             wq_a=Linear.read(source, f"{at}.wq_a", numerics),
             q_norm=read_plain(source, f"{at}.q_norm", torch.float32),
             wq_b=Linear.read(source, f"{at}.wq_b", numerics),
@@ -81,6 +82,9 @@ class Attention:
             cache_sim=numerics.cache_sim,
             shard=shard,
         )
+        if attention._norms_to_int8:
+            rms_norm_int8.prepare(attention.q_norm)
+        return attention
 
     def __call__(
         self, x: torch.Tensor, batch: Batch, own: Batch, cache: LayerCache
@@ -91,7 +95,7 @@ class Attention:
         """
         everyone = gathered(x, batch.n_tokens, self.shard.cp)
         self.write(everyone, batch, cache)
-        qr = rms_norm(self.wq_a(x), self.q_norm, self.config.norm_eps)
+        qr = self._low_rank(x)
         q = self.wq_b(qr).unflatten(-1, (-1, self.config.head_dim))
         if not self.shard.dsa_cp:
             o = self._attend(q, x, qr, everyone, batch, own, cache)
@@ -104,6 +108,16 @@ class Attention:
         o = o.flatten(1).unflatten(1, (self.wo_a.shape[0], -1))
         z = heads_gemm(o, self.wo_a)
         return self.shard.tp.all_reduce(self.wo_b(z.flatten(1)))
+
+    @property
+    def _norms_to_int8(self) -> bool:
+        """Whether the query's norm feeds nothing but INT8 products."""
+        return self.wq_b.is_int8 and (self.indexer is None or self.indexer.wq_b.is_int8)
+
+    def _low_rank(self, x: torch.Tensor) -> torch.Tensor | Int8Rows:
+        """Return the normed rows that `wq_b` and the indexer's multiply."""
+        args = self.wq_a(x), self.q_norm, self.config.norm_eps
+        return Int8Rows(*rms_norm_int8(*args)) if self._norms_to_int8 else rms_norm(*args)
 
     def write(self, x: torch.Tensor, batch: Batch, cache: LayerCache) -> None:
         """Write the window's rows, and the compressed ones this step completes."""
@@ -122,7 +136,7 @@ class Attention:
         self,
         q: torch.Tensor,
         x: torch.Tensor,
-        qr: torch.Tensor,
+        qr: torch.Tensor | Int8Rows,
         everyone: torch.Tensor,
         batch: Batch,
         own: Batch,

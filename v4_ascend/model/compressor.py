@@ -8,7 +8,7 @@ import torch
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, LayerCache
-from v4_ascend.model.linear import Linear, Source, read_plain
+from v4_ascend.model.linear import Int8Rows, Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.ops import (
     compress_kv,
@@ -109,7 +109,7 @@ class Indexer:
         store_rows(cache.index, keys, rows.slot_mapping, cache.index_record)
 
     def __call__(
-        self, x: torch.Tensor, qr: torch.Tensor, batch: Batch, cache: LayerCache
+        self, x: torch.Tensor, qr: torch.Tensor | Int8Rows, batch: Batch, cache: LayerCache
     ) -> torch.Tensor | None:
         """Choose rows for every token, [n_tokens, topk]; None where all visible ones fit."""
         if cache.index is None:

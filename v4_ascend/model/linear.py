@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from v4_ascend.ops import (
 )
 from v4_ascend.ops.formats import E8M0, FP8, dequantize_fp4, dequantize_fp8, unpack_int4_rows
 from v4_ascend.ops.gemm import ACT_GROUP
+from v4_ascend.ops.op import Op
 
 # Reads one tensor by its official name, in its official dtype.
 Source = Callable[[str], torch.Tensor]
@@ -60,6 +62,18 @@ def _read(
 
 
 @dataclass(frozen=True)
+class Int8Rows:
+    """Rows that were quantised where they were made: values [n, in] and scales [n]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    def __getitem__(self, rows: slice) -> Int8Rows:
+        """Return some of the rows."""
+        return Int8Rows(self.values[rows], self.scales[rows])
+
+
+@dataclass(frozen=True)
 class Linear:
     """``x @ weight.T`` in the weight's own format.
 
@@ -89,12 +103,25 @@ class Linear:
         wide = weight if scale is None else _widen(weight, scale)
         return cls(wide.to(numerics.dtype), None, numerics.dtype)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply [n_tokens, in] to [n_tokens, out]."""
+    @property
+    def is_int8(self) -> bool:
+        """Whether it multiplies `Int8Rows`, or what becomes them."""
+        return self.scale is not None and self.weight.dtype == torch.int8
+
+    def __call__(self, x: torch.Tensor | Int8Rows) -> torch.Tensor:
+        """Multiply [n_tokens, in] to [n_tokens, out].
+
+        Raises:
+            ValueError: the rows are INT8 and the weight is not.
+        """
+        if isinstance(x, Int8Rows):
+            if self.scale is None or not self.is_int8:
+                raise ValueError(f"INT8 rows with a weight of {self.weight.dtype}")
+            return int8_gemm(x.values, x.scales, self.weight, self.scale, self.dtype)
         if self.scale is None:
             return linear(x, self.weight)
-        if self.weight.dtype == torch.int8:
-            return int8_gemm(*int8_act_quant(x), self.weight, self.scale, self.dtype)
+        if self.is_int8:
+            return self(Int8Rows(*int8_act_quant(x)))
         return fp8_gemm(*act_quant(x, ACT_GROUP), self.weight, self.scale, self.dtype)
 
 
@@ -113,9 +140,15 @@ class GroupedLinear:
 
     @classmethod
     def read(
-        cls, source: Source, names: list[tuple[str, ...]], numerics: Numerics
+        cls,
+        source: Source,
+        names: list[tuple[str, ...]],
+        numerics: Numerics,
+        int_gemm: Op[..., Any] = grouped_int8_gemm,
     ) -> GroupedLinear:
         """Stack experts; the parts of one expert are joined along its outputs.
+
+        `int_gemm` is what multiplies by INT8 and INT4.
 
         An expert is let go before the next one is read: beside the stack there is never more.
         """
@@ -134,24 +167,33 @@ class GroupedLinear:
         if weight is None:
             raise ValueError("no experts to read")
         if scale is not None:
-            gemm = grouped_int8_gemm if _is_int(weight, scale) else grouped_gemm
+            gemm = int_gemm if _is_int(weight, scale) else grouped_gemm
             gemm.prepare(weight, scale)
         return cls(weight, scale, numerics.dtype)
 
     @property
     def rounds_input(self) -> bool:
         """Whether a product begins with `act_quant` of its rows."""
-        return self.scale is not None and not _is_int(self.weight, self.scale)
+        return self.scale is not None and not self.is_int
+
+    @property
+    def is_int(self) -> bool:
+        """Whether it is INT8 or INT4."""
+        return self.scale is not None and _is_int(self.weight, self.scale)
 
     def __call__(self, x: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
         """Multiply [n_rows, in] to [n_rows, out], group by group."""
         if self.scale is None:
             return grouped_gemm(x, None, self.weight, None, group_sizes, self.dtype)
-        if _is_int(self.weight, self.scale):
-            quantised = int8_act_quant(x)
-            return grouped_int8_gemm(*quantised, self.weight, self.scale, group_sizes, self.dtype)
-        values, scales = act_quant(x, ACT_GROUP)
-        return grouped_gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
+        quantised = int8_act_quant(x) if self.is_int else act_quant(x, ACT_GROUP)
+        return self.of_quantised(*quantised, group_sizes)
+
+    def of_quantised(
+        self, values: torch.Tensor, scales: torch.Tensor, group_sizes: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply rows as the weight's format wants them: of `int8_act_quant` or `act_quant`."""
+        gemm: Op[..., torch.Tensor] = grouped_int8_gemm if self.is_int else grouped_gemm
+        return gemm(values, scales, self.weight, self.scale, group_sizes, self.dtype)
 
 
 def _is_int(weight: torch.Tensor, scale: torch.Tensor) -> bool:

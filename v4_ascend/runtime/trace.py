@@ -50,7 +50,7 @@ class Trace:
             self.tensors[f"trace/{start:05d}/{number:03d}/streams"] = _kept(streams)
             layer, calls = number + 1, 0
 
-        with use_policy(around=call):
+        with use_policy(around=call, parts=True):
             yield after
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from v4_ascend.backends.cpu.compiled.library import function, is_bf16, pointer, why_not
-from v4_ascend.ops import act_quant, fp4_act_quant
+from v4_ascend.backends.cpu.compiled.rows import swiglu_compiled
+from v4_ascend.ops import act_quant, fp4_act_quant, swiglu_act_quant
 from v4_ascend.ops.formats import E8M0, FP8
+from v4_ascend.ops.gemm import ACT_GROUP
 
 _act_quant = function("act_quant", "pppiii")
 _fp4_act_quant = function("fp4_act_quant", "pppiii")
@@ -39,3 +41,17 @@ def fp4_act_quant_compiled(x: torch.Tensor, group_size: int) -> tuple[torch.Tens
     arrays = map(pointer, (x, packed, scale))
     _fp4_act_quant(*arrays, scale.numel(), group_size, is_bf16(x))
     return packed, scale
+
+
+def _why_not_swiglu(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> str | None:
+    if x.shape[1] % (2 * ACT_GROUP):
+        return f"two halves of {x.shape[1] // 2}, must be multiples of {ACT_GROUP}"
+    return why_not(x)
+
+
+@swiglu_act_quant.kernel("cpu", provider="c++", why_not=_why_not_swiglu)
+def swiglu_act_quant_compiled(
+    x: torch.Tensor, limit: float, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both kernels, one after the other."""
+    return act_quant_compiled(swiglu_compiled(x, limit, weight), ACT_GROUP)

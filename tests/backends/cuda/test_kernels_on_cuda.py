@@ -9,7 +9,8 @@ from v4_ascend.runtime.verify import Selection, verify
 CUDA = BACKENDS["cuda"]
 # At real widths the interpreter takes minutes for attention and products; these take seconds.
 WIDE = (
-    "act_quant fp4_act_quant rms_norm head_rms_norm hc_post topk_gate hash_gate swiglu store_rows"
+    "act_quant fp4_act_quant rms_norm head_rms_norm hc_post topk_gate hash_gate swiglu store_rows "
+    "swiglu_act_quant"
 )
 
 

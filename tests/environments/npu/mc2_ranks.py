@@ -27,6 +27,7 @@ from v4_ascend.backends.ascend import mc2  # noqa: E402
 from v4_ascend.emulation import calls, reset_calls  # noqa: E402
 from v4_ascend.ops import (  # noqa: E402
     act_quant,
+    expert_layer,
     int8_act_quant,
     moe_combine,
     moe_dispatch,
@@ -224,6 +225,51 @@ def layers(name):
     return seen
 
 
+def whole(group, n_tokens):
+    """Compare the operator with every choice computed by itself; return how often it was called."""
+    g = torch.Generator().manual_seed(4)
+    local, inner, limit = N_EXPERTS // SIZE, 64, 2.0
+    parts = [inputs(g, n) for n in n_tokens]
+    first = torch.randn(N_EXPERTS, DIM, 2 * inner, generator=g) / DIM**0.5 * 3
+    stored = [_stored(w, "int8") for w in (first, torch.randn(N_EXPERTS, inner, DIM, generator=g))]
+    mine = slice(RANK * local, (RANK + 1) * local)
+    weights = [
+        t[mine].to("npu")
+        for values, scale in stored
+        for t in (values.transpose(1, 2).contiguous(), scale)
+    ]
+    expert_layer.prepare(*weights)
+    call = (*(t.to("npu") for t in parts[RANK]), *weights, limit, group)
+    with use_policy(parts=True):
+        assert not expert_layer.is_taken(*call), "a trace tells parts apart"
+    assert expert_layer.is_taken(*call)
+    reset_calls()
+    y, load = expert_layer(*call)
+    x, ids, by_choice = parts[RANK]
+    want = torch.zeros(len(x), DIM)
+    for t, k in torch.ones_like(ids).nonzero().tolist():
+        e = int(ids[t, k])
+        row = swiglu.reference(_product(x[t : t + 1], stored[0], e, "int8"), limit, None)
+        want[t] += _product(row, stored[1], e, "int8")[0] * by_choice[t, k]
+    if "_C_ascend::dispatch_ffn_combine" in calls("_C_ascend"):
+        assert_close(y.cpu(), want.bfloat16(), expert_layer.tolerance)
+    else:  # each row is rounded to bf16 before the sum
+        assert float((y.cpu().float() - want).norm() / want.norm().clamp_min(1)) < 0.005
+    rows = torch.bincount(torch.cat([p[1] for p in parts]).flatten(), minlength=N_EXPERTS)
+    assert load.tolist() == rows[mine].tolist()
+    return calls("_C_ascend").get("_C_ascend::dispatch_ffn_combine", 0)
+
+
+def wholes(group):
+    """Alike; one idle; nobody has any; no room in HCCL's buffer."""
+    taken = [whole(group, n) for n in ((3, 3, 3), (5, 0, 2), (0, 0, 0))]
+    os.environ["HCCL_BUFFSIZE"] = "10"
+    try:
+        return [*taken, whole(group, (3, 1, 2))]
+    finally:
+        del os.environ["HCCL_BUFFSIZE"]
+
+
 def _stored(weight, kind):
     """A weight as its experts store it, and its factors [e, n]."""
     if kind == "bf16":
@@ -270,6 +316,7 @@ def main():
         seen = {"calls": found, "said": refusals(name), "name": name}
         seen["misordered"] = misordered(group)
         seen["layer"] = layers(name) if CHIP == "a3" else None
+        seen["whole"] = wholes(group) if CHIP == "a3" else []
     dist.barrier()
     dist.destroy_process_group()
     (Path(OUT) / f"{RANK}.json").write_text(json.dumps(seen))

@@ -66,19 +66,3 @@ def uncalled(chip):
     for slots in (1, 2):
         rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
         yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}
-    if chip == "950":
-        # The schema's default is a number of the vendor's own, no torch dtype of that name.
-        fp8 = {"dst_type": torch.float8_e4m3fn, "clamp_value": 10.0}
-        yield ops.npu_swiglu_group_quant.default, (t(4, 512), None, None), fp8
-        return
-    yield ops.npu_rms_norm_dynamic_quant.default, (t(4, 64), t(64)), {}
-    experts = (
-        torch.randint(-9, 9, (6, 64), generator=g).to(torch.int8).to(NPU),
-        torch.randint(-9, 9, (2, 64, 128), generator=g).to(torch.int8).to(NPU),
-        t(2, 128, dtype=torch.float32), t(6, dtype=torch.float32).abs(),
-    )  # fmt: skip
-    ends = ints(2, 6, dtype=torch.int64)
-    yield ops.grouped_matmul_swiglu_quant.default, (*experts, ends), {"swiglu_limit": 10.0}
-    x, weight, scale, x_scale = experts
-    listed = (x, [weight], [scale], x_scale, ends, None, None, None)
-    yield ops.grouped_matmul_swiglu_quant_v2.default, listed, {"swiglu_limit": 10.0}

@@ -27,8 +27,15 @@ ELSEWHERE = {
     "npu::npu_moe_distribute_combine_v2": "needs other ranks; test_mc2.py",
 }
 FUSED = {"_C_ascend::dispatch_ffn_combine"}  # of the A3, with other ranks: test_mc2.py
-# They refuse one rank, and so every case: test_mc2 and tests/backends/cpu/test_exchange have more.
-OF_MANY_RANKS = ("distribute_dispatch", "distribute_combine", "exchange_tokens", "exchange_rows")
+# They refuse one rank, and so every case: test_mc2, test_expert_layer and
+# tests/backends/cpu/test_exchange have more.
+OF_MANY_RANKS = (
+    "distribute_dispatch",
+    "distribute_combine",
+    "exchange_tokens",
+    "exchange_rows",
+    "dispatch_ffn_combine",
+)
 
 
 def _kernels():

@@ -31,8 +31,9 @@ from v4_ascend.config.presets import preset_path
 from v4_ascend.runtime.compare import compare, open_pair
 from v4_ascend.runtime.parity import Recording, read_input_ids, record, write_record
 
-# A step of many ranks: test_parallel_npu.py counts them, on every rank.
-OF_MANY_RANKS = ("npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2")
+# A step of many ranks: test_parallel_npu.py and test_expert_layer.py count them, on every rank.
+MC2 = ("npu::npu_moe_distribute_dispatch_v2", "npu::npu_moe_distribute_combine_v2")
+OF_MANY_RANKS = {"a2": MC2, "a3": (*MC2, "_C_ascend::dispatch_ffn_combine"), "950": MC2}
 RUNNER = Path(__file__).with_name("run_on_chip.py")
 TOKENS, PREFILL, CHUNK, TOPK = 142, 139, 90, 32
 STEPS = 2 + TOKENS - PREFILL
@@ -59,6 +60,7 @@ _NEW = {
     "_C_ascend::npu_kv_quant_sparse_attn_sharedkv_metadata": LAYERS,
     "_C_ascend::kv_compress_epilog": LAYERS + 2,
     "_C_ascend::indexer_compress_epilog_v2": 1,
+    "_C_ascend::npu_swiglu_group_quant": 2 * LAYERS,  # experts, and the shared one
     "npu::npu_quant_matmul": 4 * LAYERS,
 }
 _BOTH = {
@@ -74,8 +76,21 @@ _BOTH = {
     "npu::npu_transpose_batchmatmul": LAYERS,  # wo_a
 }
 PER_STEP = {"a2": _BOTH | _OLD, "a3": _BOTH | _OLD, "950": _BOTH | _NEW}
-# With INT8: wq_b and wo_b of each layer; an input of each of the experts' products is quantised.
-_INT8 = {"npu::npu_quant_matmul": 2 * LAYERS, "npu::npu_dynamic_quant": (2 + 4) * LAYERS}
+# With INT8: wq_b and wo_b of each layer. The norm quantises for wq_b and the indexer's, the
+# experts' first product for their second.
+_INT8 = {
+    "_C_ascend::npu_rms_norm_dynamic_quant": LAYERS,
+    "npu::npu_rms_norm": -LAYERS,
+    "npu::npu_quant_matmul": 2 * LAYERS,
+    "npu::npu_dynamic_quant": (1 + 2) * LAYERS,
+    "npu::npu_grouped_matmul": -2 * LAYERS,
+}
+# Routed experts may be INT4, which another operator takes; the shared one is INT8.
+_EXPERTS = "_C_ascend::grouped_matmul_swiglu_quant"
+_FUSED = {
+    "w8a8": {_EXPERTS: 2 * LAYERS},
+    "w4a8": {_EXPERTS: LAYERS, f"{_EXPERTS}_v2": LAYERS},
+}
 # And where more rows are visible than the index picks: the first chunk's 22 all fit.
 _CHOICE = {
     "_C_ascend::npu_vllm_quant_lightning_indexer": 1,
@@ -83,7 +98,7 @@ _CHOICE = {
     "_C_ascend::inplace_partial_rotary_mul": 1,
 }
 # The indexer's wq_b runs where there is a choice.
-_INT8_CHOICE = {"npu::npu_quant_matmul": 1, "npu::npu_dynamic_quant": 1}
+_INT8_CHOICE = {"npu::npu_quant_matmul": 1}
 PER_CHOICE = {"a2": _CHOICE, "a3": _CHOICE, "950": _CHOICE | {"npu::npu_quant_matmul": 1}}
 
 
@@ -170,8 +185,10 @@ def test_logits_are_the_references_and_every_operator_is_called(by_references, o
     wanted = Counter({name: n * STEPS for name, n in PER_STEP[chip].items()})
     wanted.update({name: n * (STEPS - 1) for name, n in PER_CHOICE[chip].items()})
     wanted.update({name: n * STEPS for name, n in _INT8.items() if is_int8})
+    wanted.update({name: n * STEPS for name, n in _FUSED.get(kind, {}).items()})
+    wanted.update({"npu::npu_format_cast": 2 * LAYERS * is_int8})  # once, when they are loaded
     wanted.update({name: n * (STEPS - 1) for name, n in _INT8_CHOICE.items() if is_int8})
-    assert json.loads(out.read_text()) == wanted
+    assert json.loads(out.read_text()) == +wanted
 
 
 @pytest.mark.parametrize("chip", STOCK)
@@ -197,7 +214,7 @@ def _stock(chip):
         for row in soc.TABLE
         if chip in row.chips and "int8" not in row.op
         for name in (row.vendor, *row.beside)
-        if name.startswith("npu::") and name not in OF_MANY_RANKS
+        if name.startswith("npu::") and name not in MC2
     }
 
 
@@ -208,7 +225,8 @@ def test_every_vendor_operator_of_the_table_is_called_by_a_network(chip):
     Kernels are tested on every chip; networks of INT8 on A2 and A3, of stock operators on the 950.
     """
     called = set(PER_STEP[chip]) | set(PER_CHOICE[chip]) | set(_INT8) | _stock("950")
+    called |= {name for counts in _FUSED.values() for name in counts}
     rows = [r for r in soc.TABLE if chip in r.chips and not r.vendor.startswith("triton::")]
     of_table = {name for row in rows for name in (row.vendor, *row.beside)}
-    assert of_table - set(OF_MANY_RANKS) == called & of_table
-    assert of_table >= set(OF_MANY_RANKS)
+    assert of_table - set(OF_MANY_RANKS[chip]) == called & of_table
+    assert of_table >= set(OF_MANY_RANKS[chip])

@@ -102,6 +102,12 @@ def test_rows_in_another_order_are_found_at_the_first_call(ranks):
         assert "rows do not arrive by expert, rank and token" in seen["misordered"]
 
 
+def test_a_whole_layer_is_one_call_where_it_can_be(ranks, chip):
+    """The ranks compared sums and counts; nobody's tokens and too many go by parts."""
+    for seen in ranks:
+        assert seen["whole"] == ([1, 1, 0, 0] if chip == "a3" else [])
+
+
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_the_fused_layer_is_the_references_experts(ranks, chip, kind):
     """The ranks compared rows and counts; here, what it refuses. Only the A3 has it."""

@@ -1,6 +1,7 @@
 """An expert layer's first product, its activation and its quantiser in one operator.
 
-Sources: vllm-ascend grouped_matmul_swiglu_quant; op-plugin
+Sources: vllm-ascend grouped_matmul_swiglu_quant, and of v2 the page of CANN's
+aclnnGroupedMatmulSwigluQuantWeightNzV2; op-plugin
 npu_grouped_matmul_swiglu_quant_v2.md.
 """
 
@@ -13,7 +14,7 @@ import torch
 from v4_ascend.emulation.checks import Checks
 from v4_ascend.emulation.stand_in import running_on, stand_in
 from v4_ascend.emulation.vendor import formats
-from v4_ascend.emulation.vendor.gemm import SUMS, groups_of, mx_operands, only
+from v4_ascend.emulation.vendor.gemm import SUMS, groups_of, int8_by_int4, mx_operands, only
 from v4_ascend.emulation.vendor.norm import swiglu
 
 PER_TOKEN, MX = 0, 2  # dequant_mode and quant_mode
@@ -69,14 +70,33 @@ def grouped_matmul_swiglu_quant_v2(
     tuning_config: Sequence[int] = (),
     swiglu_limit: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `grouped_matmul_swiglu_quant` with lists and both kinds of group_list; int8 only here."""
+    """As `grouped_matmul_swiglu_quant` with lists and both kinds of group_list, and with INT4.
+
+    INT4 weights are int32 [e, k, n / 8], with weight_scale int64 [e, n], fp32 in its low halves,
+    and weight_assist_matrix fp32 [e, n]: 8 times the sums of a column's values times its scale.
+    """
     check = Checks("grouped_matmul_swiglu_quant_v2", "vllm-ascend grouped_matmul_swiglu_quant_v2")
     check.one_of((0,), dequant_mode=dequant_mode, quant_mode=quant_mode)
-    others = smooth_scale is None and bias is None and not weight_assist_matrix
-    check.need(others, "smooth_scale, bias, assist", "given", "int4 weights are not emulated")
+    others = smooth_scale is None and bias is None
+    check.need(others, "smooth_scale or bias", "given", "int4 activations are not emulated")
     matrix, scale = only(check, "weight", weight), only(check, "weight_scale", weight_scale)
     assert matrix is not None
     assert scale is not None
+    assist = only(check, "weight_assist_matrix", weight_assist_matrix)
+    if matrix.dtype == torch.int32:
+        check.given(weight_assist_matrix=assist)
+        assert assist is not None
+        check.one_of((False,), transpose_weight=transpose_weight)
+        check.dtype(torch.int8, x=x)
+        groups = groups_of(check, group_list, group_list_type, len(matrix), len(x))
+        product = int8_by_int4(check, x, matrix, scale, x_scale, assist, groups)
+        values = torch.zeros(len(x), product.shape[1] // 2, dtype=torch.int8)
+        factors = torch.full((len(x),), float("nan"))
+        theirs = slice(0, groups[-1].stop)
+        act = swiglu(product[theirs], swiglu_limit)
+        values[theirs], factors[theirs] = formats.per_token(act, torch.int8)
+        return values, factors
+    check.need(assist is None, "weight_assist_matrix", "given", "it is for int4 weights")
     matrix = matrix.transpose(1, 2) if transpose_weight else matrix
     return _swiglu_quant(
         check, x, matrix, scale, x_scale, group_list, group_list_type, swiglu_limit

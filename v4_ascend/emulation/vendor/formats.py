@@ -10,6 +10,7 @@ MX_GROUP = 32
 # torch_npu's numbers for formats; a torch dtype is passed as its ScalarType.
 ACL_E5M2, ACL_E4M3, ACL_E8M0, ACL_FP4 = 291, 292, 293, 296
 SCALAR_INT8, SCALAR_BF16, SCALAR_FP16, SCALAR_FP32, SCALAR_E4M3 = 1, 15, 5, 6, 24
+SCALAR_INT32 = 3
 
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FP4_VALUES = torch.cat((_FP4, -_FP4))

@@ -115,9 +115,9 @@ def npu_grouped_matmul(
 ) -> list[torch.Tensor]:
     """Multiply each expert's rows of x[0] [m, k] by its matrix of weight[0] [e, k, n].
 
-    bf16/fp16; int8 with scale [e, n] and per_token_scale [m]; on A2 and A3 int8 by int4 (int32
-    [e, k, n/8] with scale int64 [e, 1, n] and bias [e, n]); on 950 MXFP8, and MXFP8 x MXFP4
-    (weight bytes [e, k/2, n], antiquant_scale). Rows of no expert are NaN.
+    bf16/fp16; int8 with scale [e, n] and per_token_scale [m], or without them to int32; on A2 and
+    A3 int8 by int4 (int32 [e, k, n/8] with scale int64 [e, 1, n] and bias [e, n]); on 950 MXFP8,
+    and MXFP8 x MXFP4 (weight bytes [e, k/2, n], antiquant_scale). Rows of no expert are NaN.
     """
     check = Checks("npu_grouped_matmul", "op-plugin npu_grouped_matmul.md")
     check.one_of((2, 3), split_item=split_item)
@@ -147,7 +147,22 @@ def npu_grouped_matmul(
         check.one_of((15, formats.SCALAR_BF16), output_dtype=output_dtype)
         groups = groups_of(check, group_list, group_list_type or 0, e, len(rows))
         added = only(check, "bias", bias)
-        return [_int8_by_int4(check, rows, matrices, by_column, by_row, added, groups)]
+        check.given(scale=by_column, per_token_scale=by_row, bias=added)
+        assert by_column is not None
+        assert by_row is not None
+        assert added is not None
+        check.shape(e, 1, 8 * n, scale=by_column)
+        factors = by_column.squeeze(1)
+        return [int8_by_int4(check, rows, matrices, factors, by_row, added, groups).bfloat16()]
+    elif rows.dtype == torch.int8 and output_dtype == formats.SCALAR_INT32:
+        check.dtype(torch.int8, **{"weight[0]": matrices})
+        check.need(depth == rows.shape[1], "weight's K", depth, f"x has {rows.shape[1]}")
+        given = by_column is not None or by_row is not None
+        check.need(not given, "scale or per_token_scale", "given", "int32 sums have none")
+        sums = torch.zeros(len(rows), n, dtype=torch.int32)
+        for i, mine in enumerate(groups_of(check, group_list, group_list_type or 0, e, len(rows))):
+            sums[mine] = (rows[mine].double() @ matrices[i].double()).int()
+        return [sums]
     elif rows.dtype == torch.int8:
         check.dtype(torch.int8, **{"weight[0]": matrices})
         check.need(depth == rows.shape[1], "weight's K", depth, f"x has {rows.shape[1]}")
@@ -181,27 +196,26 @@ def npu_grouped_matmul(
     return [y]
 
 
-def _int8_by_int4(
+def int8_by_int4(
     check: Checks,
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    x_scale: torch.Tensor,
+    bias: torch.Tensor,
     groups: list[slice],
 ) -> torch.Tensor:
-    """Multiply by halves of int8, as int4 hardware does: 16 high + (low - 8), the 8 in the bias."""
+    """Multiply by halves of int8, as int4 hardware does: 16 high + (low - 8), the 8 in the bias.
+
+    Shapes: x [m, k], weight [e, k, n / 8] int32, scale [e, n] int64, bias [e, n]; return fp32.
+    """
     check.one_of(("a2", "a3"), **{"the chip, for int4 weights": running_on().generation})
-    check.given(scale=scale, per_token_scale=x_scale, bias=bias)
-    assert scale is not None
-    assert x_scale is not None
-    assert bias is not None
     e, depth, words = weight.shape
     n = 8 * words
     check.need(depth == x.shape[1], "weight's K", depth, f"x has {x.shape[1]}")
     check.contiguous(**{"weight[0]": weight})
     check.dtype(torch.int64, scale=scale)
-    check.shape(e, 1, n, scale=scale)
+    check.shape(e, n, scale=scale)
     check.dtype(torch.float32, per_token_scale=x_scale, bias=bias)
     check.shape(len(x), per_token_scale=x_scale)
     check.shape(e, n, bias=bias)
@@ -209,14 +223,13 @@ def _int8_by_int4(
     to_top = torch.arange(28, -1, -4, dtype=torch.int32)  # of 32 bits: shifted back, signed
     high = (x >> 4).float()
     low = (x & 15).float() - 8
-    y = torch.full((len(x), n), float("nan"), dtype=torch.bfloat16)
+    y = torch.full((len(x), n), float("nan"))
     for i, mine in enumerate(groups):
         if mine.start == mine.stop:
             continue
         values = ((weight[i].unsqueeze(-1) << to_top) >> 28).flatten(-2).float()
         sums = 16 * (high[mine] @ values) + low[mine] @ values
-        wide = sums * factor[i, 0] + bias[i]
-        y[mine] = (wide * x_scale[mine].unsqueeze(-1)).bfloat16()
+        y[mine] = (sums * factor[i] + bias[i]) * x_scale[mine].unsqueeze(-1)
     return y
 
 
