@@ -12,6 +12,7 @@ from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import c_ascend, torch_npu
 from v4_ascend.backends.ascend.gemm import BY_ROWS, COUNTS, ONE_OUTPUT
 from v4_ascend.backends.ascend.int8 import PACKED, packed_int4
+from v4_ascend.backends.ascend.layouts import in_tiles
 from v4_ascend.backends.ascend.soc import A5, current_chip
 from v4_ascend.ops import grouped_int8_gemm_swiglu, swiglu, swiglu_act_quant
 from v4_ascend.ops.formats import E8M0, FP8, ceil_to_e8m0, quantize_int8
@@ -20,7 +21,6 @@ from v4_ascend.ops.int8 import is_int4
 from v4_ascend.ops.int8_fused import is_let_go
 
 BY_GROUP = 1  # quant_mode: a factor for each 128 channels
-FRACTAL_NZ = 29
 MAX_N, MAX_K = 10240, 65536  # of int8 weights: at most, below
 FIRST = "first product"  # of experts: matrix [e, k, n]; of INT4 packed, with its scale and bias
 
@@ -61,22 +61,15 @@ def keep_first_product(weight: torch.Tensor, weight_scale: torch.Tensor) -> None
     if is_let_go(weight):
         return  # it was prepared before
     if not is_int4(weight, weight_scale):
-        made: tuple[torch.Tensor, ...] = (to_nz(weight.transpose(1, 2).contiguous()),)
+        matrix = weight.transpose(1, 2).contiguous()
+        made: tuple[torch.Tensor, ...] = (matrix if current_chip() == A5 else in_tiles(matrix),)
     elif weight_scale.shape[1] % PACKED or current_chip() == A5:
         return
     else:
         packed, scale, bias = packed_int4(weight, weight_scale)
-        made = to_nz(packed), scale, bias
+        made = in_tiles(packed), scale, bias
     prepared.keep(weight_scale, FIRST, made)
     prepared.let_go(weight)
-
-
-def to_nz(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring a weight to FRACTAL_NZ; without an NPU the question is of shapes alone."""
-    if matrix.device.type != "npu" or current_chip() == A5:
-        return matrix
-    cast: torch.Tensor = torch_npu().npu_format_cast(matrix, FRACTAL_NZ)
-    return cast
 
 
 def _why_no_first(

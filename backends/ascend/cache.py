@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.ascend.custom_ops import c_ascend
+from v4_ascend.backends.ascend.custom_ops import c_ascend, torch_npu
+from v4_ascend.backends.ascend.soc import NARROW_CHIPS, current_chip
 from v4_ascend.ops import store_rows
 from v4_ascend.ops.formats import FP8
 from v4_ascend.ops.records import KV_GROUP, RECORDS
@@ -75,6 +76,13 @@ def indexer_compress_epilog(
     return storage
 
 
+def _block_and_offset(
+    storage: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    block_rows = storage.shape[1]
+    return slots.div(block_rows, rounding_mode="floor"), slots % block_rows
+
+
 def _why_no_scatter(
     storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
 ) -> str | None:
@@ -94,8 +102,7 @@ def scatter_nd_update(
     """
     if not len(rows):
         return storage
-    block_rows, slots = storage.shape[1], slot_mapping.int()
-    at = torch.stack((slots.div(block_rows, rounding_mode="floor"), slots % block_rows), dim=-1)
+    at = torch.stack(_block_and_offset(storage, slot_mapping.int()), dim=-1)
     scatter, fmt = c_ascend("npu_scatter_nd_update_v2"), RECORDS[record]
     if fmt.encode is None:
         scatter(storage, at, rows.to(storage.dtype).contiguous())
@@ -104,4 +111,39 @@ def scatter_nd_update(
     dtypes = (torch.int8, torch.float16)
     for region, part, dtype in zip(fmt.regions(storage), parts, dtypes, strict=True):
         scatter(region.view(dtype), at, part.contiguous().view(dtype))
+    return storage
+
+
+def _why_no_stock(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> str | None:
+    if record.startswith(("fp8", "fp4")) and current_chip() not in NARROW_CHIPS:
+        return f"the record is {record}: {current_chip()} has no fp8 and no fp4"
+    return None
+
+
+@store_rows.kernel("ascend", provider="torch_npu", why_not=_why_no_stock)
+def stock_scatter_nd_update(
+    storage: torch.Tensor, rows: torch.Tensor, slot_mapping: torch.Tensor, record: str
+) -> torch.Tensor:
+    """Write rows that torch has encoded; the operator skips nothing, so skipped rows repeat one."""
+    if not len(rows):
+        return storage
+    fmt = RECORDS[record]
+    regions: tuple[torch.Tensor, ...] = (storage,)
+    parts: tuple[torch.Tensor, ...] = (rows.to(storage.dtype),)
+    if fmt.encode is not None:
+        regions = tuple(r.view(torch.int8) for r in fmt.regions(storage))
+        parts = fmt.encode(rows).view(torch.int8).split((fmt.data_bytes, fmt.tail_bytes), dim=-1)
+    last, row = slot_mapping.max(0, keepdim=True)
+    slots = torch.where(slot_mapping < 0, last.clamp_min(0), slot_mapping).int()
+    at = torch.stack(_block_and_offset(storage, slots), dim=-1)
+    skipped = (slot_mapping < 0).unsqueeze(1)
+    for region, part in zip(regions, parts, strict=True):
+        if not part.shape[1]:
+            continue
+        # The last slot's row again; where there is none, what the first slot has.
+        there = region[_block_and_offset(storage, last.clamp_min(0))]
+        again = torch.where(last.unsqueeze(1) < 0, there, part[row])
+        torch_npu().npu_scatter_nd_update_(region, at, torch.where(skipped, again, part))
     return storage

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from v4_ascend.backends import prepared
-from v4_ascend.backends.ascend.activation import FIRST, keep_first_product, to_nz
+from v4_ascend.backends.ascend.activation import FIRST, keep_first_product
 from v4_ascend.backends.ascend.custom_ops import c_ascend
 from v4_ascend.backends.ascend.int8 import fp32_in_low_half
+from v4_ascend.backends.ascend.layouts import store_in_tiles
 from v4_ascend.backends.ascend.soc import A3, current_chip
 from v4_ascend.ops import (
     Group,
@@ -42,10 +43,9 @@ def keep_layer(
     if current_chip() != A3 or is_int4(w13, w13_scale) or prepared.has(w2_scale, LAYER):
         return
     keep_first_product(w13, w13_scale)
-    matrix = to_nz(w2.transpose(1, 2).contiguous())
-    made = matrix, fp32_in_low_half(w13_scale), fp32_in_low_half(w2_scale)
+    store_in_tiles(w2)
+    made = w2.transpose(1, 2), fp32_in_low_half(w13_scale), fp32_in_low_half(w2_scale)
     prepared.keep(w2_scale, LAYER, made)
-    w2.data = matrix.transpose(1, 2)
 
 
 def _why_not(

@@ -10,6 +10,7 @@ import torch
 
 from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
+from v4_ascend.backends.ascend.layouts import store_in_tiles
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
 from v4_ascend.ops.formats import E8M0, ceil_to_e8m0, is_mx, scale_to_float
 from v4_ascend.ops.gemm import ACT_GROUP
@@ -48,10 +49,11 @@ def _act_scale(scale: torch.Tensor) -> torch.Tensor:
 
 @fp8_gemm.preparation("ascend")
 def keep_fp8_scale(b: torch.Tensor, b_scale: torch.Tensor) -> None:
-    """Keep the MX layout of a weight's block scales."""
+    """Keep the MX layout of a weight's block scales; the weight lies in tiles."""
     made = _group_scale(b_scale) if is_mx(b, b_scale) else _block_scale(b_scale, b.shape[0])
     if made is not None:
         prepared.keep(b_scale, MX_SCALE, made)
+        store_in_tiles(b)
 
 
 @fp4_gemm.preparation("ascend")
@@ -105,7 +107,7 @@ def quant_matmul_mx(
     b_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply as MXFP8; the weight is read transposed where it lies."""
+    """Multiply as MXFP8."""
     if not a.shape[0]:
         return torch.empty(0, b.shape[0], dtype=out_dtype, device=a.device)
     npu = torch_npu()

@@ -11,6 +11,8 @@ import torch
 from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 from v4_ascend.backends.ascend.gemm import BY_ROWS, COUNTS, MAX_DIM, ONE_OUTPUT
+from v4_ascend.backends.ascend.layouts import store_in_tiles
+from v4_ascend.backends.ascend.soc import A5, current_chip
 from v4_ascend.ops import grouped_int8_gemm, int8_act_quant, int8_gemm
 from v4_ascend.ops.formats import unpack_int4_rows
 from v4_ascend.ops.int8 import is_int4
@@ -50,6 +52,12 @@ def _why_not_bf16(out_dtype: torch.dtype) -> str | None:
     return None if out_dtype == torch.bfloat16 else f"out_dtype is {out_dtype}, must be bf16"
 
 
+@int8_gemm.preparation("ascend")
+def lay_out_int8(b: torch.Tensor, b_scale: torch.Tensor) -> None:
+    """Let the weight lie in tiles."""
+    store_in_tiles(b)
+
+
 @int8_gemm.kernel("ascend", provider="torch_npu", why_not=_why_no_int8)
 def quant_matmul_int8(
     a: torch.Tensor,
@@ -58,7 +66,7 @@ def quant_matmul_int8(
     b_scale: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply; the weight is read transposed where it lies."""
+    """Multiply by a weight that lies transposed, in tiles."""
     if not a.shape[0]:
         return torch.empty(0, b.shape[0], dtype=out_dtype, device=a.device)
     y: torch.Tensor = torch_npu().npu_quant_matmul(
@@ -68,9 +76,16 @@ def quant_matmul_int8(
 
 
 @grouped_int8_gemm.preparation("ascend")
-def keep_int4(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
-    """Keep INT4 experts as the kernel reads them; the weight itself shows the same bytes."""
-    if not is_int4(weight, weight_scale) or weight_scale.shape[1] % PACKED:
+def lay_out_experts(weight: torch.Tensor, weight_scale: torch.Tensor) -> None:
+    """Keep INT4 experts as the kernel reads them, as the weight itself then shows them.
+
+    INT8 ones of A2 and A3 lie in tiles.
+    """
+    if not is_int4(weight, weight_scale):
+        if current_chip() != A5:
+            store_in_tiles(weight)
+        return
+    if weight_scale.shape[1] % PACKED:
         return
     packed, scale, bias = packed_int4(weight, weight_scale)
     prepared.keep(weight_scale, INT4, (packed, scale.unsqueeze(1), bias))

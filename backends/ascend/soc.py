@@ -43,6 +43,7 @@ class Row:
         kernel: the name it is registered by.
         vendor: namespace and name of the operator it calls.
         beside: others it calls with it.
+        before: others called once, when its weights are loaded.
         limits: what its `why_not` refuses, in words.
         cann: the versions known to work.
     """
@@ -55,8 +56,10 @@ class Row:
     source: str
     cann: str
     beside: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
 
+TILES = ("npu::npu_format_cast",)
 V4_CANN = {A2: ">= 8.5.1", A3: ">= 8.5.1", A5: ">= 9.1.0"}
 _ALL, _OLD, _NEW = ">= 8.5.1; 950: >= 9.1.0", ">= 8.5.1", ">= 9.1.0"
 
@@ -173,6 +176,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         "fp8_gemm", (A5,), "quant_matmul_mx", "npu::npu_quant_matmul",
         "bf16 out, power-of-two scales, weight dims below 65536", "OPD npu_quant_matmul", _NEW,
+        before=TILES,
     ),
     Row(
         "fp4_gemm", (A5,), "one_group_matmul_fp4", "npu::npu_grouped_matmul", "bf16 out",
@@ -188,6 +192,10 @@ TABLE: tuple[Row, ...] = (
         "OPD npu_grouped_matmul", _ALL,
     ),
     Row(
+        "store_rows", CHIPS, "stock_scatter_nd_update", "npu::npu_scatter_nd_update_",
+        "A2 and A3: records without fp8 and fp4", "OPD npu_scatter_nd_update_", _ALL,
+    ),
+    Row(
         "heads_gemm", CHIPS, "transpose_batchmatmul", "npu::npu_transpose_batchmatmul",
         "bf16; A2 and A3: sides of 16 n below 65536", "OPD npu_transpose_batchmatmul", _ALL,
     ),
@@ -197,11 +205,11 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "int8_gemm", CHIPS, "quant_matmul_int8", "npu::npu_quant_matmul",
-        "bf16 out, weight dims below 65536", "OPD npu_quant_matmul", _ALL,
+        "bf16 out, weight dims below 65536", "OPD npu_quant_matmul", _ALL, before=TILES,
     ),
     Row(
         "grouped_int8_gemm", CHIPS, "grouped_matmul_int8", "npu::npu_grouped_matmul",
-        "int8 weights, bf16 out", "OPD npu_grouped_matmul", _ALL,
+        "int8 weights, bf16 out", "OPD npu_grouped_matmul", _ALL, before=TILES,
     ),
     Row(
         "grouped_int8_gemm", (A2, A3), "grouped_matmul_int4", "npu::npu_grouped_matmul",

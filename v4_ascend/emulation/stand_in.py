@@ -16,14 +16,26 @@ from importlib import resources
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from v4_ascend.emulation import call_log
 from v4_ascend.emulation.chips import Chip
-from v4_ascend.emulation.device import Kernels, on_cpu
+from v4_ascend.emulation.device import Kernels, cpu_view, on_cpu
 from v4_ascend.emulation.meta import META, by_name
 
 ALL = ("a2", "a3", "950")
 CUSTOM = "_C_ascend"
+CAST = "npu::npu_format_cast"
+ND = 2  # torch_npu's number of the plain order
+# Products whose pages take weights in FRACTAL_NZ, which is read as it was cast: not transposed.
+TAKES_TILES = frozenset(
+    (
+        "npu::npu_quant_matmul", "npu::npu_grouped_matmul",
+        "npu::npu_transpose_quant_batchmatmul", "npu::npu_grouped_matmul_swiglu_quant_v2",
+        "_C_ascend::grouped_matmul_swiglu_quant", "_C_ascend::grouped_matmul_swiglu_quant_v2",
+        "_C_ascend::dispatch_ffn_combine",
+    )
+)  # fmt: skip
 # Stock operators of V3.2, which take V4's tensors and would give wrong rows.
 OF_V32 = (
     "npu_lightning_indexer",
@@ -84,7 +96,7 @@ def install(chip: Chip) -> tuple[torch.library.Library, Kernels]:
             custom.define(schema)
             known = STAND_INS.get(f"{CUSTOM}::{name}")
             kernel = known.function if known else _not_emulated(f"{CUSTOM}::{name}")
-            custom.impl(name, on_cpu(kernel, f"{CUSTOM}::{name}"), "PrivateUse1")
+            custom.impl(name, _of_formats(kernel, f"{CUSTOM}::{name}"), "PrivateUse1")
             if name in META:
                 parsed = torch._C.parse_schema(f"{CUSTOM}::{schema}")
                 custom.impl(name, by_name(name, parsed), "Meta")
@@ -97,13 +109,53 @@ def install(chip: Chip) -> tuple[torch.library.Library, Kernels]:
     for known in STAND_INS.values():
         namespace, _, name = known.name.partition("::")
         if namespace == "npu":
-            kernel = on_cpu(known.function, known.name)
+            kernel = _of_formats(known.function, known.name)
             if chip.generation not in known.generations:
                 kernel = _refused(known, chip)
             stock.register(name, kernel)
     for name in OF_V32:
         stock.register(name, _wrong_for_v4(name))
     return custom, stock
+
+
+def _of_formats(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap a stand-in, whose CPU tensors have no format, into one that minds those of the device.
+
+    torch_npu's own memory remembers a tensor's format; the bytes are in plain order all the same.
+    """
+    from torch_npu import Format, empty_with_format, get_npu_format
+
+    kernel = on_cpu(function, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for t in tree_leaves((args, kwargs)):
+            if not isinstance(t, torch.Tensor) or t.device.type != "npu":
+                continue
+            if name != CAST and get_npu_format(t) == Format.FRACTAL_NZ:
+                _check_tiles(name, t)
+        return kernel(*args, **kwargs)
+
+    def cast(*args: Any, **kwargs: Any) -> torch.Tensor:
+        plain: torch.Tensor = call(*args, **kwargs)
+        acl_format = args[1] if len(args) > 1 else kwargs["acl_format"]
+        if acl_format == ND:
+            return plain
+        to = {"dtype": plain.dtype, "device": plain.device, "acl_format": acl_format}
+        made: torch.Tensor = empty_with_format(plain.size(), **to)
+        cpu_view(made).copy_(cpu_view(plain))
+        return made
+
+    return cast if name == CAST else call
+
+
+def _check_tiles(name: str, t: torch.Tensor) -> None:
+    if name not in TAKES_TILES:
+        raise RuntimeError(f"{name}: an argument is in FRACTAL_NZ, it takes ND (error 161002)")
+    if not t.is_contiguous():
+        raise RuntimeError(
+            f"{name}: an argument in FRACTAL_NZ has strides {t.stride()}; it must lie as it was "
+            "cast (error 161002)"
+        )
 
 
 def _by_argument(kernel: Callable[..., Any], name: str) -> Callable[..., Any]:

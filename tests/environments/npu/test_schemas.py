@@ -120,6 +120,21 @@ def test_a_private_format_is_a_copy_in_plain_order(acl_format):
     cast = torch_npu.npu_format_cast(weight, acl_format)
     assert cast.data_ptr() != weight.data_ptr()
     assert torch.equal(cast.cpu(), weight.cpu())
+    assert int(torch_npu.get_npu_format(cast)) == acl_format
+
+
+def test_tiles_are_refused_where_the_vendor_takes_none():
+    x, weight = t(5, 64, dtype=torch.int8), t(64, 32, dtype=torch.int8)
+    tiles = torch_npu.npu_format_cast(weight, 29)
+    product = {"pertoken_scale": t(5), "output_dtype": 15}
+    got = torch_npu.npu_quant_matmul(x, tiles, t(32), **product)
+    assert torch.equal(got.cpu(), torch_npu.npu_quant_matmul(x, weight, t(32), **product).cpu())
+    square = torch_npu.npu_format_cast(t(64, 64, dtype=torch.int8), 29)
+    with pytest.raises(RuntimeError, match="must lie as it was cast"):
+        torch_npu.npu_quant_matmul(x, square.T, t(64), **product)
+    gamma = torch_npu.npu_format_cast(t(64, 64), 29)[0]
+    with pytest.raises(RuntimeError, match="npu_rms_norm: an argument is in FRACTAL_NZ"):
+        torch_npu.npu_rms_norm(t(5, 64), gamma)
 
 
 def test_a_wrong_shape_is_noticed():

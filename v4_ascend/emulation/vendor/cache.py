@@ -14,6 +14,9 @@ from v4_ascend.emulation.stand_in import stand_in
 from v4_ascend.emulation.vendor.compressor import rotate_interleaved
 from v4_ascend.emulation.vendor.formats import E8M0, FP8_MAX, power_of_two_scale, to_fp8
 
+SCATTERED = (
+    torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.int64, torch.int8
+)  # fmt: skip
 KV_DIM, ROPE_DIM, KV_BYTES, KV_GROUP = 512, 64, 640, 64
 INDEX_DIM, INDEX_BYTES = 128, 132
 
@@ -142,6 +145,7 @@ def npu_scatter_nd_update_(
 ) -> torch.Tensor:
     """Write updates [n, ...] to input at indices [n, k], which must all be inside."""
     check = Checks("npu_scatter_nd_update_", "op-plugin npu_scatter_nd_update_.md")
+    check.dtype(*SCATTERED, input=input)
     inside = bool((indices >= 0).all())
     check.need(inside, "indices", "negative", "every row must be inside")
     _scatter(check, input, indices, updates)

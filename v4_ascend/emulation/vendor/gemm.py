@@ -81,7 +81,7 @@ def npu_format_cast(
     customize_dtype: int | None = None,
     input_dtype: int | None = None,
 ) -> torch.Tensor:
-    """Return a copy in plain order: no format but ND exists here."""
+    """Return a copy in plain order: the format is what torch_npu remembers of it."""
     check = Checks("npu_format_cast", "op-plugin npu_format_cast.md")
     check.one_of((ND, FRACTAL_NZ), acl_format=acl_format)
     return input.clone()
