@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +77,11 @@ def _forget(files: Iterable[Path]) -> None:
         os.close(fd)
 
 
-def _as_loaded(headers: Iterable[TensorHeader]) -> None:
+def _as_loaded(headers: Collection[TensorHeader]) -> None:
     """Read as `runtime.load` does."""
-    ahead = ReadAhead((h, None) for h in headers)
-    for h in headers:
-        ahead.reading(h.name)
-        read_tensor(h)
+    with ReadAhead((h, None) for h in headers) as ahead:
+        for h in headers:
+            ahead.tensor(h.name)
 
 
 def _plainly(headers: Iterable[TensorHeader]) -> None:
