@@ -28,7 +28,7 @@ from v4_ascend.supernode.holdings import Part
 AHEAD_BYTES = 128 << 20  # of tensors that nobody has asked for yet; one that is larger comes alone
 BATCH_BYTES = AHEAD_BYTES // 4  # whose pieces are read in the order of the files
 N_PLACES = 8
-RUN_BYTES = 2 << 20  # of one read
+RUN_BYTES = 4 << 20  # of one read
 GAP_BYTES = 16 << 10  # of direct I/O: skipping fewer takes longer than reading them
 DIRECT_BYTES = 128 << 10  # shorter reads go through the cache: the kernel joins them
 _mincore: Any = ctypes.CDLL(None).mincore
