@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from v4_ascend.config.inventory import (
@@ -127,6 +128,22 @@ def holdings(config: ModelConfig, plan: Plan, rank: Rank) -> Mapping[str, Held]:
             _hold(held, drafting.shared, plan, rank)
             _hold(held, drafting.head, plan, rank)
     return held
+
+
+def reading_order(config: ModelConfig, *, with_drafter: bool) -> Iterator[str]:
+    """Yield the tensors of a whole model in the order it reads them."""
+    reads = _reads(config)
+
+    def of(layer: _LayerReads) -> Iterator[Held]:
+        yield from layer.before
+        for experts in (layer.w13, layer.w2):
+            for expert in experts:
+                yield from expert
+        yield from (*layer.shared, *layer.head)
+
+    drafting = reads.drafting if with_drafter else ()
+    layers, drafters = (chain.from_iterable(map(of, x)) for x in (reads.layers, drafting))
+    yield from (h.spec.name for h in chain(reads.embed, layers, reads.head, drafters))
 
 
 def layout_digest(config: ModelConfig, plan: Plan) -> str:

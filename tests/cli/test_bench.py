@@ -101,7 +101,7 @@ def test_loading_is_timed_against_the_files(tmp_path):
     assert "bytes, cold | GB/s | ratio to raw |" in done.stdout
     more = ("--rounds", 1, "--warm", "--every-way", "--json")
     found = json.loads(_run("load", "--checkpoint", tmp_path / "c", *more).stdout)["data"]
-    assert len(found["bytes_per_s"]) == 6
+    assert len(found["bytes_per_s"]) == 7
     assert found["bytes"] == sum(h.nbytes for h in Checkpoint(tmp_path / "c").headers.values())
     assert all(rate > 0 for rate in found["bytes_per_s"].values())
 

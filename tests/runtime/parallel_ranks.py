@@ -12,14 +12,17 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from v4_ascend import emulation
 from v4_ascend.backends import find_backend
+from v4_ascend.checkpoint.read_ahead import ReadAhead
 from v4_ascend.model import moe
 from v4_ascend.model.resident import resident_bytes
 from v4_ascend.ops import moe_combine, use_policy
+from v4_ascend.runtime import load as loading
 from v4_ascend.runtime.comm import joined
 from v4_ascend.runtime.engine import Engine
 from v4_ascend.runtime.flight import Flight
@@ -47,7 +50,15 @@ def run(plan, rank, steps):
             read[:] = [done, total]
             by_process[1:] = [(done, bytes_read_by_process())]
 
-        with use_policy(backend=plan.backend, kernels=plan.kernels):
+        class Noting(ReadAhead):
+            def __init__(self, *args):
+                by_process[:] = [(0, bytes_read_by_process())]
+                super().__init__(*args)
+
+        with (
+            patch.object(loading, "ReadAhead", Noting),
+            use_policy(backend=plan.backend, kernels=plan.kernels),
+        ):
             engine = Engine.load(plan, progress, groups)
             routed = [] if plan.emulated else noted_routing(groups.ep)
             with sums(plan):

@@ -82,7 +82,7 @@ def check_facts(folder, checkpoint, name, plan, n_tokens):
 
 
 def check_read(noted):
-    """Between the first tensor and the last the process read them, and nothing else."""
+    """From before the first tensor to the last the process read them, and nothing else."""
     (first, before), (last, after) = noted
     assert after - before == pytest.approx(last - first, rel=0.02)
 

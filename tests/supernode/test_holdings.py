@@ -14,7 +14,7 @@ from v4_ascend.errors import ConfigError, NotYetError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
-from v4_ascend.supernode.holdings import holdings
+from v4_ascend.supernode.holdings import holdings, reading_order
 from v4_ascend.supernode.planning import deploy_plan
 
 TINY = ModelConfig.read(preset_path("tiny"))
@@ -52,6 +52,8 @@ def test_the_order_is_that_in_which_a_model_asks(tmp_path, model, format, n_draf
         Transformer.read(source, config, numerics, with_drafter=n_drafts > 0, shard=shard)
         held = holdings(config, plan, rank)
         assert list(held) == asked
+        if n_stages == 1:
+            assert list(reading_order(config, with_drafter=n_drafts > 0)) == asked
         for name, h in held.items():
             header = checkpoint.headers[name]
             assert (h.spec.dtype, h.spec.shape, h.part) == (header.dtype, header.shape, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from v4_ascend.checkpoint.damage import SCALES
@@ -92,17 +93,32 @@ def read_tensor(header: TensorHeader, part: Part | None = None) -> torch.Tensor:
         CheckpointError: the file became shorter, the bytes are not those recorded, or a scale is
             not a number.
     """
+    data = empty_bytes(header, part)
+    into = data.numpy().data
+    with header.file.open("rb", buffering=0) as f:
+        for at, size in pieces(header, part) if header.nbytes else ():
+            read_into(f.fileno(), header, at, into[:size])
+            into = into[size:]
+    return as_tensor(header, part, data)
+
+
+def empty_bytes(header: TensorHeader, part: Part | None) -> torch.Tensor:
+    """Return memory for a tensor, or a part of it, as uint8.
+
+    It is not cleared before: that would take as long as the read.
+    """
+    return torch.empty(header.nbytes // (part.count if part else 1), dtype=torch.uint8)
+
+
+def as_tensor(header: TensorHeader, part: Part | None, data: torch.Tensor) -> torch.Tensor:
+    """Give bytes, uint8, that were read their dtype and shape; check them.
+
+    Raises:
+        CheckpointError: the bytes are not those recorded, or a scale is not a number.
+    """
     dtype = TORCH_DTYPES[header.dtype]
     if not header.nbytes:
         return torch.empty(header.shape, dtype=dtype)
-    # Plain reads: one copy, no alignment to mind, no mapped pages that outlive the load.
-    # Memory is not cleared before: that would take as long as the read.
-    data = torch.empty(header.nbytes // (part.count if part else 1), dtype=torch.uint8)
-    into = data.numpy().data
-    with header.file.open("rb", buffering=0) as f:
-        for at, size in pieces(header, part):
-            read_into(f.fileno(), header, at, into[:size])
-            into = into[size:]
     if header.crc32 is not None and part is None:
         _check_bytes(header, data)
     tensor = data.view(dtype).view(part.shape(header.shape) if part else header.shape)
@@ -122,8 +138,12 @@ def _check_bytes(header: TensorHeader, data: torch.Tensor) -> None:
 
 def _check_scale(header: TensorHeader, scale: torch.Tensor) -> None:
     is_e8m0 = header.dtype in ("F8_E8M0", "U8")
-    is_nan = scale.view(torch.uint8) == 255 if is_e8m0 else ~scale.isfinite()
-    if bool(is_nan.any()):
+    # By numpy: torch's threads would spin behind each check on cores that reading needs.
+    if is_e8m0:
+        is_nan = scale.view(torch.uint8).numpy() == 255
+    else:
+        is_nan = ~np.isfinite(scale.float().numpy())
+    if is_nan.any():
         raise CheckpointError(
             f"{header.file}: {header.name}: {int(is_nan.sum())} of {scale.numel()} scales are "
             "not numbers; the file is damaged"

@@ -210,11 +210,11 @@ def load_command(
         bool, typer.Option("--warm", help="leave the files in the page cache between reads")
     ] = False,
     every_way: Annotated[
-        bool, typer.Option("--every-way", help="mapped, direct and several files at once too")
+        bool, typer.Option("--every-way", help="other ways to read tensors too")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time reading every tensor against reading the files, bytes per second."""
+    """Time reading every tensor against the fastest raw read of the files, bytes per second."""
     from v4_ascend.checkpoint.load_speed import RAW, load_speed
     from v4_ascend.checkpoint.reader import Checkpoint
     from v4_ascend.cli.progress import reporter
@@ -230,6 +230,7 @@ def load_command(
     rates = {way: best.nbytes / seconds for way, seconds in best.seconds.items()}
     if as_json:
         data = {"what": "load", "bytes": best.nbytes, "warm": warm, "bytes_per_s": rates}
+        data["raw"] = best.raw
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
         return
     state = "warm" if warm else "cold"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +12,12 @@ from v4_ascend.checkpoint.read_ahead import ReadAhead
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
 from v4_ascend.checkpoint.sharded import ShardedFolder, is_sharded
 from v4_ascend.config.model import ModelConfig
-from v4_ascend.config.quant_types import DERIVED_ENDINGS
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.comm import Groups
 from v4_ascend.supernode.experts import by_number
-from v4_ascend.supernode.holdings import Held, Part, bytes_read, holdings
+from v4_ascend.supernode.holdings import Held, Part, holdings, reading_order
 from v4_ascend.supernode.plan import Plan
 
 Progress = Callable[[int, int], None]
@@ -33,29 +32,27 @@ def load_model(
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
     held: Mapping[str, Held] | None = None,
+    shared: Collection[str] = (),
 ) -> Transformer:
     """Read the model, or what a rank of it holds, to a device.
 
-    `progress` sees bytes read and bytes in all: of the rank, whose bytes alone are read.
+    `progress` sees bytes read and bytes in all: of the rank, whose bytes alone are read. `shared`
+    are tensors that other ranks read too.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.
     """
     checkpoint.require_complete()
+    config, headers = checkpoint.config, checkpoint.headers
+    parts: list[tuple[TensorHeader, Part | None]]
     if held is None:
-        headers = (h for n, h in checkpoint.headers.items() if not n.endswith(DERIVED_ENDINGS))
-        parts: list[tuple[TensorHeader, Part | None]]
-        parts = [(h, None) for h in headers if with_drafter or not h.name.startswith("mtp.")]
-        total = sum(h.nbytes for h, _ in parts)
+        parts = [(headers[n], None) for n in reading_order(config, with_drafter=with_drafter)]
     else:
-        parts = [(checkpoint.headers[name], h.part) for name, h in held.items()]
-        total = bytes_read(held)
-
-    def tensor(name: str) -> torch.Tensor:
-        return checkpoint.tensor(name, held[name].part if held is not None else None)
-
-    source, config = _counted(tensor, ReadAhead(parts), total, progress, device), checkpoint.config
-    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+        parts = [(headers[name], h.part) for name, h in held.items()]
+    total = sum(h.nbytes // (part.count if part else 1) for h, part in parts)
+    with ReadAhead(parts, shared) as ahead:
+        source = _counted(ahead, total, progress, device)
+        return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def load_rank(
@@ -75,6 +72,9 @@ def load_rank(
     config, with_drafter = checkpoint.config, plan.n_draft_tokens > 0
     shard = shard_of(plan, groups, config)
     if isinstance(checkpoint, Checkpoint):
+        held = holdings(config, plan, plan.ranks[groups.rank])
+        # Ranks read the same but for experts; the first one of a host brings it into the cache.
+        own = ".ffn.experts." if len(plan.ranks) > 1 else ""
         return load_model(
             checkpoint,
             numerics,
@@ -82,12 +82,13 @@ def load_rank(
             progress=progress,
             device=device,
             shard=shard,
-            held=holdings(config, plan, plan.ranks[groups.rank]),
+            held=held,
+            shared={name for name in held if own not in name},
         )
     headers = checkpoint.headers.values()
-    ahead = ReadAhead((h, None) for h in headers)
-    source = _counted(checkpoint.tensor, ahead, sum(h.nbytes for h in headers), progress, device)
-    return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+    with ReadAhead((h, None) for h in headers) as ahead:
+        source = _counted(ahead, sum(h.nbytes for h in headers), progress, device)
+        return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
 
 
 def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
@@ -102,18 +103,13 @@ def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpo
 
 
 def _counted(
-    read: Callable[[str], torch.Tensor],
-    ahead: ReadAhead,
-    total: int,
-    progress: Progress,
-    device: torch.device | str,
+    ahead: ReadAhead, total: int, progress: Progress, device: torch.device | str
 ) -> Callable[[str], torch.Tensor]:
     done = 0
 
     def source(name: str) -> torch.Tensor:
         nonlocal done
-        ahead.reading(name)
-        tensor = read(name)
+        tensor = ahead.tensor(name)
         done += tensor.nbytes
         progress(done, total)
         return tensor.to(device)
