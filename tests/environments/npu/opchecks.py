@@ -64,10 +64,6 @@ def uncalled(chip):
         return torch.tensor(values, dtype=dtype, device=NPU)
 
     ops = torch.ops._C_ascend
-    angles = t(32, 64, dtype=torch.float32)
-    for slots in (1, 2):
-        rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
-        yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}
     if chip == "950":
         # The schema's default is a number of the vendor's own, no torch dtype of that name.
         fp8 = {"dst_type": torch.float8_e4m3fn, "clamp_value": 10.0}

@@ -63,6 +63,7 @@ _NEW = {
 }
 _BOTH = {
     "_C_ascend::compressor": 3,
+    "_C_ascend::compressor_metadata": 2,  # CSA's rows, and HCA's
     "_C_ascend::inplace_partial_rotary_mul": 3 * LAYERS + 3,  # q, kv, o; three compressors
     "_C_ascend::npu_hc_pre_v2": 2 * LAYERS,
     "_C_ascend::npu_hc_post": 2 * LAYERS,
