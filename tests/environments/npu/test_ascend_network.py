@@ -85,8 +85,9 @@ _CHOICE = {
 }
 # The indexer's wq_b runs where there is a choice.
 _INT8_CHOICE = {"npu::npu_quant_matmul": 1, "npu::npu_dynamic_quant": 1}
-# Once, for weights that lie in tiles: those of the products above, and INT8 experts.
-_TILES = {"fp8": 4 * LAYERS + 1, "w8a8": 2 * LAYERS + 1 + 4 * LAYERS, "w4a8": 2 * LAYERS + 1}
+# Once, for weights that lie in tiles: those of the products above, and of INT8 experts the routed
+# ones. The shared one is a stack of one, and with a side of 1 a weight stays as it was.
+_TILES = {"fp8": 4 * LAYERS + 1, "w8a8": 2 * LAYERS + 1 + 2 * LAYERS, "w4a8": 2 * LAYERS + 1}
 PER_CHOICE = {"a2": _CHOICE, "a3": _CHOICE, "950": _CHOICE | {"npu::npu_quant_matmul": 1}}
 
 
