@@ -14,6 +14,7 @@ from v4_ascend.ops.indexer import index_scores, index_select, index_topk
 from v4_ascend.ops.int8 import grouped_int8_gemm, int8_act_quant, int8_gemm
 from v4_ascend.ops.int8_fused import grouped_int8_gemm_swiglu, rms_norm_int8
 from v4_ascend.ops.moe import Group, Solo, moe_combine, moe_dispatch, moe_permute, moe_unpermute
+from v4_ascend.ops.new_rows import new_rows
 from v4_ascend.ops.op import OPS, use_policy
 from v4_ascend.ops.records import RECORDS, store_rows
 from v4_ascend.ops.rms_norm import head_rms_norm, rms_norm
@@ -56,6 +57,7 @@ __all__ = [
     "moe_dispatch",
     "moe_permute",
     "moe_unpermute",
+    "new_rows",
     "rms_norm",
     "rms_norm_int8",
     "rope",

@@ -19,6 +19,7 @@ from v4_ascend.backends.ascend import indexer as indexer
 from v4_ascend.backends.ascend import int8 as int8
 from v4_ascend.backends.ascend import mc2 as mc2  # before moe: tried before it
 from v4_ascend.backends.ascend import moe as moe
+from v4_ascend.backends.ascend import new_rows as new_rows
 from v4_ascend.backends.ascend import norm_rope as norm_rope
 from v4_ascend.backends.ascend import plain as plain
 from v4_ascend.backends.ascend import triton_kernels as triton_kernels

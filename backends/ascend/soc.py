@@ -111,6 +111,10 @@ TABLE: tuple[Row, ...] = (
         "inplace_partial_rotary_mul",
     ),
     _custom(
+        "new_rows", CHIPS, "compressor_metadata", "compressor_metadata",
+        "512 bytes of tables for each position",
+    ),
+    _custom(
         "hc_pre", CHIPS, "fused_hc_pre", "npu_hc_pre_v2", "bf16, dim 4096 or 7168, 4 streams"
     ),
     _custom("hc_post", CHIPS, "fused_hc_post", "npu_hc_post", "bf16, 4 streams, dim 16 n"),

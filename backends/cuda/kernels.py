@@ -7,8 +7,8 @@ from v4_ascend.backends.triton.limits import MODULES
 from v4_ascend.backends.triton.registry import register
 from v4_ascend.ops import OPS
 
-# They talk to other ranks, draw one token a sequence, or are cuBLAS's own: torch on the device.
-PLAIN_TORCH = ("moe_dispatch", "moe_combine", "sample", "heads_gemm", "linear")
+# They talk to other ranks, draw a token a sequence, are cuBLAS's own, or the host's: plain torch.
+PLAIN_TORCH = ("moe_dispatch", "moe_combine", "sample", "heads_gemm", "linear", "new_rows")
 
 for _folder, _modules in (("cuda", limits.MODULES), ("triton", MODULES)):
     for _module, _ops in _modules.items():

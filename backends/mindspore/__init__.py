@@ -57,6 +57,7 @@ MINDSPORE = Backend(
         "moe_unpermute": _MOVES,
         "moe_dispatch": _MOVES,
         "moe_combine": _MOVES,
+        "new_rows": "integers and angles of a step, which the host lays out before it begins",
         "sample": "a hash in 64-bit integers, defined by the reference on the host",
     },
 )

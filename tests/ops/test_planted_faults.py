@@ -72,6 +72,20 @@ def _leaves_out_the_last_channel(right, x, weight):
     return right(x[:, :-1], weight[:, :-1])
 
 
+@_fault("new_rows")
+def _turns_rows_by_the_next_groups_start(right, seq_lens, compress_ratio, **rest):
+    _, _, slots = right(seq_lens=seq_lens, compress_ratio=compress_ratio, **rest)
+    rest["block_table"] = torch.zeros(len(seq_lens), 1 << 10, dtype=torch.int32)
+    later = seq_lens + compress_ratio
+    return *right(seq_lens=later, compress_ratio=compress_ratio, **rest)[:2], slots
+
+
+@_fault("new_rows")
+def _forgets_the_block_table(right, block_table, **rest):
+    there = torch.arange(block_table.numel(), dtype=torch.int32).view_as(block_table)
+    return right(block_table=there, **rest)
+
+
 @_fault("int8_act_quant")
 def _cuts_int8_instead_of_rounding(right, x):
     _, scale = right(x)

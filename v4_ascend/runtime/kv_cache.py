@@ -6,8 +6,8 @@ compressed rows are given to it from a pool that all slots share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -15,12 +15,16 @@ from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, CompressedRows, LayerCache, to_device
-from v4_ascend.ops.compress_kv import row_positions, state_rows
+from v4_ascend.ops import new_rows
+from v4_ascend.ops.compress_kv import state_rows
+from v4_ascend.ops.op import BACKEND_OF_DEVICE
 from v4_ascend.ops.ragged import locate, max_new_rows
 from v4_ascend.ops.records import RECORDS
 from v4_ascend.ops.rope import rope_freqs, rope_table
 from v4_ascend.runtime.snapshots import Snapshots
 from v4_ascend.supernode.cache import BLOCK_TOKENS, page_tokens
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +162,13 @@ class KVCache:
 
         Raises: as `layout`.
         """
-        batch = self.layout(chunks)
-        return batch if self.device.type == "cpu" else to_device(batch, self.device)
+        if self.device.type == "cpu":
+            return self.layout(chunks)
+        if not self._device_places:
+            return to_device(self.layout(chunks), self.device)
+        tokens = self._tokens(chunks)
+        batch = to_device(tokens, self.device)
+        return replace(batch, compressed=self._rows(tokens, batch, self._device_freqs, new_rows))
 
     def layout(self, chunks: Sequence[Chunk]) -> Batch:
         """Lay out one step on the host.
@@ -167,6 +176,12 @@ class KVCache:
         Raises:
             ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
         """
+        tokens = self._tokens(chunks)
+        rows = self._rows(tokens, tokens, self._freqs[1], new_rows.reference)
+        return replace(tokens, compressed=rows)
+
+    def _tokens(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay out a step's tokens, without the rows they complete."""
         for chunk in chunks:
             stop = chunk.start + len(chunk.token_ids)
             if len(chunk.token_ids) > self.max_chunk or stop > self.max_model_len:
@@ -191,10 +206,7 @@ class KVCache:
             window_slot_mapping=block * BLOCK_TOKENS + position % BLOCK_TOKENS,
             rope=rope_table(position, swa),
             compress_rope=rope_table(position, compress),
-            compressed={
-                ratio: self._rows(ratio, self._table(ratio, slots), seq_lens, cu_seqlens, compress)
-                for ratio in sorted(set(self.config.compress_ratios) - {0})
-            },
+            compressed={},
         )
 
     def block(
@@ -224,27 +236,32 @@ class KVCache:
         )
         return batch if self.device.type == "cpu" else to_device(batch, self.device)
 
+    @cached_property
+    def _device_freqs(self) -> torch.Tensor:
+        return self._freqs[1].to(self.device)
+
+    @property
+    def _device_places(self) -> bool:
+        """Whether the device has a kernel that lays out rows; else the host knows all lengths."""
+        backend = BACKEND_OF_DEVICE.get(self.device.type, self.device.type)
+        return any(kernel.provider != "torch" for kernel in new_rows.tried(backend))
+
     def _rows(
-        self,
-        ratio: int,
-        table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        freqs: torch.Tensor,
-    ) -> CompressedRows:
-        n_tokens, batch = int(cu_seqlens[-1]), len(seq_lens)
-        max_rows = max_new_rows(n_tokens, batch, ratio)
-        starts = torch.tensor(row_positions(seq_lens, cu_seqlens, ratio), dtype=torch.int64)
-        before = (seq_lens - cu_seqlens.diff()) // ratio
-        owner = torch.repeat_interleave((seq_lens // ratio - before).long())
-        block_rows, row = self._block_rows(ratio), starts // ratio
-        slot = table[owner, row // block_rows].long() * block_rows + row % block_rows
-        spare = (0, max_rows - len(starts))
-        cos, sin = rope_table(F.pad(starts, spare), freqs)
-        return CompressedRows(
-            block_table=table,
-            slot_mapping=F.pad(slot, spare, value=-1),
-            cos=cos,
-            sin=sin,
-            max_visible=int(seq_lens.max()) // ratio,
-        )
+        self, on_host: Batch, batch: Batch, freqs: torch.Tensor, place: Callable[..., Rows]
+    ) -> dict[int, CompressedRows]:
+        """Lay out the rows a step completes where `batch` lies, which `on_host` is a copy of."""
+        longest = int(on_host.seq_lens.max())
+        made = {}
+        for ratio in sorted(set(self.config.compress_ratios) - {0}):
+            table = self._table(ratio, on_host.state_slots).to(freqs.device)
+            most = max_new_rows(batch.n_tokens, len(batch.seq_lens), ratio)
+            lengths = (batch.seq_lens, batch.cu_seqlens)
+            cos, sin, slots = place(freqs, *lengths, table, self._block_rows(ratio), ratio, most)
+            made[ratio] = CompressedRows(
+                block_table=table,
+                slot_mapping=slots,
+                cos=cos,
+                sin=sin,
+                max_visible=longest // ratio,
+            )
+        return made

@@ -51,20 +51,3 @@ def problem(op, args, kwargs):
             except Exception as e:  # noqa: BLE001  # whatever it is, the test that asked says it
                 return f"{test}: {type(e).__name__}: {e}"
     return None
-
-
-def uncalled(chip):
-    """Calls of operators that a chip has, and that no kernel of ours makes."""
-    g = torch.Generator().manual_seed(0)
-
-    def t(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, generator=g).to(dtype).to(NPU)
-
-    def ints(*values, dtype=torch.int32):
-        return torch.tensor(values, dtype=dtype, device=NPU)
-
-    ops = torch.ops._C_ascend
-    angles = t(32, 64, dtype=torch.float32)
-    for slots in (1, 2):
-        rows = (ints(0, 12), ints(0), ints(1, 2).view(1, 2), 32, slots, 4, 4, 1)
-        yield ops.compressor_metadata.default, (angles, angles.clone(), *rows), {}

@@ -65,6 +65,7 @@ _NEW = {
 }
 _BOTH = {
     "_C_ascend::compressor": 3,
+    "_C_ascend::compressor_metadata": 2,  # CSA's rows, and HCA's
     "_C_ascend::inplace_partial_rotary_mul": 3 * LAYERS + 3,  # q, kv, o; three compressors
     "_C_ascend::npu_hc_pre_v2": 2 * LAYERS,
     "_C_ascend::npu_hc_post": 2 * LAYERS,
@@ -99,8 +100,9 @@ _CHOICE = {
 }
 # The indexer's wq_b runs where there is a choice.
 _INT8_CHOICE = {"npu::npu_quant_matmul": 1}
-# Once, for weights that lie in tiles: those of the products above, and of experts.
-_TILES = {"fp8": 4 * LAYERS + 1, "w8a8": 6 * LAYERS + 1, "w4a8": 4 * LAYERS + 1}
+# Once, for weights that lie in tiles: those of the products above, and of experts. The
+# shared expert is a stack of one: its second product stays as it was, with a side of 1.
+_TILES = {"fp8": 4 * LAYERS + 1, "w8a8": 5 * LAYERS + 1, "w4a8": 4 * LAYERS + 1}
 PER_CHOICE = {"a2": _CHOICE, "a3": _CHOICE, "950": _CHOICE | {"npu::npu_quant_matmul": 1}}
 
 
