@@ -1,4 +1,4 @@
-"""Every vendor operator that serves V4: called, shown unfit, or the page says why not."""
+"""Every vendor operator that serves V4: a kernel calls it, or a test shows it not to fit."""
 
 import re
 from pathlib import Path
