@@ -1,9 +1,11 @@
 """Every kernel of the CUDA backend on every case: under Triton's interpreter, or on a GPU."""
 
 import pytest
+import torch
 
 from v4_ascend.backends import BACKENDS
-from v4_ascend.ops import OPS
+from v4_ascend.ops import OPS, act_quant, swiglu, swiglu_act_quant, use_policy
+from v4_ascend.ops.gemm import ACT_GROUP
 from v4_ascend.runtime.verify import Selection, verify
 
 CUDA = BACKENDS["cuda"]
@@ -38,6 +40,19 @@ def test_kernels_are_the_reference_at_real_widths(op, model):
 def test_the_indexer_makes_the_ties_of_the_published_code():
     """Its 64 heads sum to more bits than bf16 has: rounding makes ties, which choose rows."""
     _all_pass(Selection("index_select", "fp4_68", "pro"))
+
+
+@pytest.mark.parametrize("model", [(), ("flash",)])
+def test_the_activation_quantised_is_its_parts_to_the_byte(model):
+    cases = [c for c in OPS["swiglu_act_quant"].cases() if c.models == model]
+    assert len(cases) > 1
+    with use_policy(backend="cuda"):
+        for case in cases:
+            made = OPS["swiglu_act_quant"].inputs(case).items()
+            inputs = {k: v.to(CUDA.device()) if torch.is_tensor(v) else v for k, v in made}
+            parts = act_quant(swiglu(**inputs), ACT_GROUP)
+            for got, want in zip(swiglu_act_quant(**inputs), parts, strict=True):
+                assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 def test_without_a_device_it_says_so(monkeypatch):
