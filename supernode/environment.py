@@ -99,6 +99,7 @@ def _weights(terms: dict[str, int]) -> list[int]:
         "request state",
         "prefix snapshots",
         "activations",
+        "angle tables",
         "collective buffers",
         "driver",
         "graphs",

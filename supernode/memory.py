@@ -148,12 +148,21 @@ class MemoryModel:
                 c, self.records, caching, n_guesses
             )
         terms["activations"] = self._activations(p, concurrency, is_last=is_last)
+        if self.profile.kind == "npu" and self.serving.engine == "native":
+            terms["angle tables"] = self._angle_tables()
         tokens = -(-concurrency * (1 + self.serving.n_draft_tokens) // (p.tp_size * p.cp_size))
         terms["collective buffers"] = buffer_bytes(
             c, self.profile, p, self.local_experts(p), tokens
         )
         terms |= self._overhead
         return StageMemory(terms, block_bytes(c, self.records, own), self.available)
+
+    def _angle_tables(self) -> int:
+        """Cosine and sine of every position, in fp32 and once for each channel of a pair.
+
+        vllm-ascend's compressor_metadata looks the angles of compressed rows up in them.
+        """
+        return 2 * self.config.rope_head_dim * 4 * self.serving.max_model_len
 
     def _weights(
         self, p: ParallelConfig, layers: list[int], *, is_first: bool, is_last: bool
