@@ -17,7 +17,12 @@ from v4_ascend.ops.op import ROUNDED, Case, op
 def _inputs(
     g: torch.Generator, bits: int, n_tokens: int, dim: int, inter_dim: int, n_experts: int
 ) -> dict[str, Any]:
-    shape: dict[str, Any] = {"n_tokens": n_tokens, "dim": dim, "n_experts": n_experts, "topk": 2}
+    shape: dict[str, Any] = {
+        "n_tokens": n_tokens,
+        "dim": dim,
+        "n_experts": n_experts,
+        "topk": min(2, n_experts),
+    }
     tokens = dispatch_inputs(g, **shape, dtype=torch.bfloat16)
     w13, w13_scale = grouped_weight(g, (n_experts, 2 * inter_dim, dim), bits)
     w2, w2_scale = grouped_weight(g, (n_experts, dim, inter_dim), bits)
@@ -28,17 +33,17 @@ def _inputs(
 
 def _cases() -> Iterator[Case]:
     for bits in (8, 4):
-        for name, (n_tokens, dim, inter_dim) in {
-            "empty": (0, 128, 128),
-            "few": (5, 128, 256),
-            "flash": (7, 4096, 2048),
-            "pro": (5, 7168, 3072),
+        for name, (n_tokens, dim, inter_dim, n_experts) in {
+            "empty": (0, 128, 128, 3),
+            "few": (5, 128, 256, 3),
+            "flash": (7, 4096, 2048, 2),
+            "pro": (5, 7168, 3072, 1),  # a case's weights are made in fp32
         }.items():
             shape: dict[str, Any] = {
                 "n_tokens": n_tokens,
                 "dim": dim,
                 "inter_dim": inter_dim,
-                "n_experts": 3,
+                "n_experts": n_experts,
             }
             make = partial(_inputs, bits=bits, **shape)
             yield Case(f"int{bits}-{name}", make, models=(name,) if dim >= 4096 else ())
