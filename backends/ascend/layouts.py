@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from v4_ascend.backends import prepared
 from v4_ascend.backends.ascend.custom_ops import torch_npu
 
 FRACTAL_NZ = 29
+TILES = "tiles"  # of a weight that lies in them
 
 
 def store_in_tiles(weight: torch.Tensor) -> None:
@@ -20,8 +22,9 @@ def store_in_tiles(weight: torch.Tensor) -> None:
     """
     if weight.device.type != "npu" or 1 in weight.shape or not weight.numel():
         return
-    if torch_npu().get_npu_format(weight) != FRACTAL_NZ:
+    if not prepared.has(weight, TILES):  # an op that joins two others prepares their weights again
         weight.data = in_tiles(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
+        prepared.keep(weight, TILES, True)
 
 
 def in_tiles(matrix: torch.Tensor) -> torch.Tensor:
