@@ -63,6 +63,13 @@ def test_help_is_quick():
     assert min(_cpu_seconds("--help") for _ in range(3)) < 0.5
 
 
+def test_a_group_without_a_command_says_all_of_what_its_commands_do():
+    done = run("parity")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert " parity [OPTIONS] COMMAND" in done.stderr.splitlines()[0]
+    assert "..." not in done.stderr.partition("Commands:")[2]
+
+
 def _cpu_seconds(*args):
     """Processor time of a command: unlike the clock, it does not see what else runs here."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -61,18 +61,17 @@ class Application:
             "plan": self.plan.digest,
             "concurrency": self.plan.max_batch_size,
             "keys": self.plan.api_keys,
-            "n": self.dispatcher.n + 1,
         }
-        parts, status = 1, 503 if self.dispatcher.is_draining else 200
-        if scope["path"] == "/slow":
-            parts = int(scope["query_string"])
+        status = 503 if self.dispatcher.is_draining else 200
+        line = json.dumps(said).encode() + b"\n"
         self.dispatcher.n += 1
         try:
             await send({"type": "http.response.start", "status": status, "headers": []})
-            for i in range(parts):
-                await asyncio.sleep(0.1 if parts > 1 else 0)
-                line = json.dumps(said).encode() + b"\n"
-                await send({"type": "http.response.body", "body": line, "more_body": i < parts - 1})
+            if scope["path"] == "/until":  # a long answer: until the file it names is there
+                while not Path(scope["query_string"].decode()).exists():
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+                    await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": line})
         finally:
             self.dispatcher.n -= 1
 

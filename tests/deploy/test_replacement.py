@@ -94,6 +94,26 @@ def bench(tmp_path, monkeypatch):
     bench.end()
 
 
+class LongAnswer:
+    """An answer that comes line by line until it is let end."""
+
+    def __init__(self, bench):
+        self.plans, self._enough = [], bench.folder / "enough"
+        self._thread = Thread(target=self._read, args=(f"{bench.url}/until?{self._enough}",))
+        self._thread.start()
+        wait_for(lambda: self.plans)
+
+    def _read(self, url):
+        with httpx.stream("GET", url, timeout=60) as answer:
+            for line in answer.iter_lines():
+                self.plans.append(json.loads(line)["concurrency"])
+            self.plans.append("whole")
+
+    def end(self):
+        self._enough.touch()
+        self._thread.join()
+
+
 class Clients:
     """Clients on connections of their own and on kept ones, all the time; every answer counts."""
 
@@ -126,9 +146,7 @@ class Clients:
 
 def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench):
     old = bench.serve("start", 4)
-    slow = []
-    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?20", timeout=20).text))
-    reader.start()
+    long = LongAnswer(bench)
     clients = Clients(bench.url)
     time.sleep(0.3)
     new = bench.serve("shadow", 2)
@@ -138,9 +156,8 @@ def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench
     assert clients.failures == []
     assert clients.answers[0] == 4
     assert set(clients.answers[n:]) == {2}  # in force for all, on kept connections too
-    reader.join()
-    assert {json.loads(line)["concurrency"] for line in slow[0].splitlines()} == {4}
-    assert len(slow[0].splitlines()) == 20
+    long.end()
+    assert set(long.plans) == {4, "whole"}
     assert old.wait(timeout=30) == 0
     assert [s.pid for s in generations("here")] == [new.pid]
     assert find("here").folder.endswith(OTHER)
@@ -151,15 +168,13 @@ def test_a_shadow_takes_the_address_without_a_gap_and_the_old_one_finishes(bench
 @pytest.mark.slow
 def test_the_next_one_waits_for_the_one_that_finishes(bench):
     old = bench.serve("start", 4)
-    slow = []
-    reader = Thread(target=lambda: slow.append(httpx.get(f"{bench.url}/slow?120", timeout=60).text))
-    reader.start()
-    wait_for(lambda: httpx.get(bench.url).json()["n"] > 1)
+    long = LongAnswer(bench)
     bench.serve("shadow", 2)
-    third = bench.serve("shadow", 3)
-    assert f"waiting for pid {old.pid}, which was replaced" in third.log.read_text()
-    reader.join()
-    assert len(slow[0].splitlines()) == 120
+    third = bench.start("shadow", 3)
+    wait_for(lambda: f"waiting for pid {old.pid}, which was replaced" in third.log.read_text())
+    long.end()
+    wait_for(lambda: ": ready: " in third.log.read_text())
+    assert set(long.plans) == {4, "whole"}
     assert bench.concurrency() == 3
     assert find("here").folder == str(folders("here")[0])
 

@@ -26,13 +26,16 @@ from v4_ascend.cli import (
     shard,
     support,
 )
+from v4_ascend.cli.group import Group
 from v4_ascend.errors import ConfigError, V4AscendError
 
 # click's UsageError: older typers take it from click, newer ones carry it with them.
 _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -99,6 +102,9 @@ def _say(what: str, exit_code: int) -> int:
 
 
 def _misused(error: Any) -> str:
-    said: str = error.format_message()  # nothing where the help has been printed instead
+    said: str = error.format_message()
+    if said.startswith("Usage: "):  # a group without a command: the help, and no error to name
+        print(said, file=sys.stderr)
+        return ""
     command = error.ctx.command_path if error.ctx else "v4-ascend"
-    return said and f"{command}: {said.rstrip('.')}; see {command} -h"
+    return f"{command}: {said.rstrip('.')}; see {command} -h"

@@ -17,8 +17,9 @@ from v4_ascend.cli.bench_ops import ops_command
 from v4_ascend.cli.bench_plan import plan_command
 from v4_ascend.cli.bench_serve import serve_command
 from v4_ascend.cli.convert import Format
+from v4_ascend.cli.group import Group
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+bench = typer.Typer(cls=Group, no_args_is_help=True, help="Measure speed on this machine.")
 
 
 class Against(StrEnum):

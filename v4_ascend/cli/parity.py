@@ -10,9 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from v4_ascend.cli.emulate import emulate_npu
+from v4_ascend.cli.group import Group
 from v4_ascend.errors import ConfigError, ParityError
 
-parity = typer.Typer(no_args_is_help=True, help="Record what a model computes, to compare it.")
+parity = typer.Typer(
+    cls=Group, no_args_is_help=True, help="Record what a model computes, to compare it."
+)
 
 
 class Dtype(StrEnum):

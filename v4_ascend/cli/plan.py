@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from v4_ascend.cli.group import Group
 from v4_ascend.errors import ConfigError, PlanError
 
 TopologyOption = Annotated[str | None, typer.Option("--topology", help="file, or a bundled name")]
@@ -27,7 +28,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="for scripts")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    plan = typer.Typer(help=plan_command.__doc__, no_args_is_help=False)
+    plan = typer.Typer(cls=Group, help=plan_command.__doc__, no_args_is_help=False)
     plan.callback(invoke_without_command=True)(plan_command)
     plan.command("run")(run_command)
     plan.command("diff")(diff_command)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from v4_ascend.cli.group import Group
 from v4_ascend.errors import ConfigError, RankTableError
 
 
@@ -22,7 +23,7 @@ class Version(StrEnum):
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    group = typer.Typer(help="Rank tables of HCCL.", no_args_is_help=True)
+    group = typer.Typer(cls=Group, help="Rank tables of HCCL.", no_args_is_help=True)
     group.command("generate")(generate_command)
     group.command("validate")(validate_command)
     group.command("convert")(convert_command)
