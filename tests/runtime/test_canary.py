@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
 
 
 def engine_of(folder, reference, **changes):
-    plan = make_plan(folder / "checkpoint", {}, kernels="fast", reference=str(reference), **changes)
+    changes["reference"] = reference and str(reference)
+    plan = make_plan(folder / "checkpoint", {}, kernels="fast", **changes)
     with use_policy(kernels="fast"):
         return Engine.load(plan, lambda done, total: None), plan
 
@@ -88,6 +89,22 @@ def test_a_record_without_tokens_is_refused(folder, tmp_path):
     save_file({"logits": logits}, file, _metadata(folder / "reference"))
     engine, plan = engine_of(folder, file)
     with pytest.raises(ConfigError, match="has no input_ids: record it anew"):
+        canary(engine, plan)
+
+
+@pytest.mark.parametrize("broken", ["every decoded token", "what crosses the window"])
+def test_without_a_reference_a_decode_that_is_not_the_prefill_is_found(folder, broken, monkeypatch):
+    engine, plan = engine_of(folder, None)
+    true = Attention.__call__
+
+    def wrong(self, x, batch, *rest):
+        first = 0 if broken == "every decoded token" else engine.config.window_size
+        is_hit = len(x) == 1 and int(batch.seq_lens[0]) > first
+        return true(self, x, batch, *rest) * (1.5 if is_hit else 1.0)
+
+    assert canary(engine, plan).median_relative_error < 1e-5
+    monkeypatch.setattr(Attention, "__call__", wrong)
+    with pytest.raises(ParityError, match="prefill and decode differ by"):
         canary(engine, plan)
 
 
