@@ -7,7 +7,7 @@ from v4_ascend.ops.act_quant import act_quant, fp4_act_quant, fp4_round_trip, fp
 from v4_ascend.ops.compress_kv import compress_kv
 from v4_ascend.ops.expert_layer import expert_layer
 from v4_ascend.ops.gate import hash_gate, topk_gate
-from v4_ascend.ops.gemm import fp4_gemm, fp8_gemm, grouped_gemm, heads_gemm
+from v4_ascend.ops.gemm import fp4_gemm, fp8_gemm, grouped_gemm, heads_gemm, linear
 from v4_ascend.ops.hadamard import hadamard
 from v4_ascend.ops.hyper_connection import hc_head, hc_post, hc_pre
 from v4_ascend.ops.indexer import index_scores, index_select, index_topk
@@ -51,6 +51,8 @@ __all__ = [
     "index_topk",
     "int8_act_quant",
     "int8_gemm",
+    "linear",
+    "linear",
     "moe_combine",
     "moe_dispatch",
     "moe_permute",

@@ -1,4 +1,4 @@
-"""Matrix products: FP8 x FP8, FP8 x FP4, the experts', and one per group of heads."""
+"""Matrix products: FP8 x FP8, FP8 x FP4, the experts', plain ones, and one per group of heads."""
 
 from __future__ import annotations
 
@@ -183,6 +183,45 @@ def grouped_gemm(
             args = (x[rows], x_scale[rows], weight[expert], weight_scale[expert], out_dtype)
             out[rows] = gemm.reference(*args)
     return out
+
+
+def _linear_inputs(
+    g: torch.Generator, n_tokens: int, n: int, k: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    weight = torch.randn(n, k, generator=g) * k**-0.5
+    return {"x": torch.randn(n_tokens, k, generator=g).to(dtype), "weight": weight.to(dtype)}
+
+
+def _linear_cases() -> Iterator[Case]:
+    shapes = {
+        "empty": (0, 16, 32, ()),
+        "one": (1, 16, 64, ()),
+        "few": (7, 32, 64, ()),
+        "odd": (9, 19, 45, ()),
+        "many": (70, 48, 64, ()),
+        "flash-gate": (9, 256, 4096, FLASH),
+        "pro-gate": (9, 384, 7168, PRO),
+    }
+    for dtype in (BF16, FP32):
+        for name, (n_tokens, n, k, models) in shapes.items():
+            make = partial(_linear_inputs, n_tokens=n_tokens, n=n, k=k, dtype=dtype)
+            yield Case(f"{str(dtype).removeprefix('torch.')}-{name}", make, models)
+
+
+@op(cases=_linear_cases, tolerance=ROUNDED)
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply by a weight that is not quantised: ``x @ weight.T``.
+
+    Sums are fp32 and rounded once.
+
+    Shapes:
+        x       [n_tokens, k]  bf16 or fp32
+        weight  [n, k]  dtype of x
+        return  [n_tokens, n]  dtype of x
+
+    Source: DeepSeek-V4 inference/model.py, linear.
+    """
+    return F.linear(x, weight)
 
 
 def _heads_inputs(

@@ -8,7 +8,7 @@ from v4_ascend.backends.triton.registry import register
 from v4_ascend.ops import OPS
 
 # They talk to other ranks, draw a token a sequence, are cuBLAS's own, or the host's: plain torch.
-PLAIN_TORCH = ("moe_dispatch", "moe_combine", "sample", "heads_gemm", "new_rows")
+PLAIN_TORCH = ("moe_dispatch", "moe_combine", "sample", "heads_gemm", "linear", "new_rows")
 
 for _folder, _modules in (("cuda", limits.MODULES), ("triton", MODULES)):
     for _module, _ops in _modules.items():

@@ -49,6 +49,7 @@ MINDSPORE = Backend(
         "grouped_int8_gemm_swiglu": _INT8,
         "rms_norm_int8": _INT8,
         "grouped_gemm": "mindspore's GroupedMatmul returns an empty tuple on CPU, without an error",
+        "linear": "one plain product, which torch's CPU device makes",
         "heads_gemm": "one plain product of a batch of matrices, which torch's CPU device makes",
         "hadamard": "the indexer's rotation is part of the FP4 simulation, which torch does",
         "store_rows": _MOVES,

@@ -67,6 +67,11 @@ def _gives_each_group_the_next_ones_matrix(right, x, weight):
     return right(x, weight.roll(1, 0))
 
 
+@_fault("linear")
+def _leaves_out_the_last_channel(right, x, weight):
+    return right(x[:, :-1], weight[:, :-1])
+
+
 @_fault("new_rows")
 def _turns_rows_by_the_next_groups_start(right, seq_lens, compress_ratio, **rest):
     _, _, slots = right(seq_lens=seq_lens, compress_ratio=compress_ratio, **rest)

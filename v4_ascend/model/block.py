@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.attention import Attention
@@ -14,7 +13,7 @@ from v4_ascend.model.linear import Source, read_plain
 from v4_ascend.model.moe import MoE
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.shard import Shard
-from v4_ascend.ops import Group, hc_head, hc_post, hc_pre, rms_norm
+from v4_ascend.ops import Group, hc_head, hc_post, hc_pre, linear, rms_norm
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Head:
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
         """Norm [n, dim] and turn it into fp32 logits [n, vocab_size]."""
-        logits = F.linear(rms_norm(y, self.norm, self.config.norm_eps).float(), self.weight)
+        logits = linear(rms_norm(y, self.norm, self.config.norm_eps).float(), self.weight)
         if self.tp.size == 1:
             return logits
         return torch.cat(list(self.tp.all_gather(logits, [len(y)] * self.tp.size)), dim=-1)

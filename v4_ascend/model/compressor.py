@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, LayerCache
 from v4_ascend.model.linear import Int8Rows, Linear, Source, read_plain
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.ops import compress_kv, fp4_round_trip, hadamard, index_select, rope, store_rows
+from v4_ascend.ops import (
+    compress_kv,
+    fp4_round_trip,
+    hadamard,
+    index_select,
+    linear,
+    rope,
+    store_rows,
+)
 from v4_ascend.ops.records import INDEX_FP4_GROUP
 
 
@@ -113,7 +120,7 @@ class Indexer:
             return None
         q = self.wq_b(qr).unflatten(-1, (self.n_heads, self.head_dim))
         q = self._rotated(rope(q, *batch.compress_rope))
-        weights = F.linear(x, self.weights_proj) * (self.head_dim**-0.5 * self.n_heads**-0.5)
+        weights = linear(x, self.weights_proj) * (self.head_dim**-0.5 * self.n_heads**-0.5)
         return index_select(
             q,
             weights,

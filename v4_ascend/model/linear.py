@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.ops import (
@@ -17,6 +16,7 @@ from v4_ascend.ops import (
     grouped_int8_gemm,
     int8_act_quant,
     int8_gemm,
+    linear,
 )
 from v4_ascend.ops.formats import E8M0, FP8, dequantize_fp4, dequantize_fp8, unpack_int4_rows
 from v4_ascend.ops.gemm import ACT_GROUP
@@ -119,7 +119,7 @@ class Linear:
                 raise ValueError(f"INT8 rows with a weight of {self.weight.dtype}")
             return int8_gemm(x.values, x.scales, self.weight, self.scale, self.dtype)
         if self.scale is None:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         if self.is_int8:
             return self(Int8Rows(*int8_act_quant(x)))
         return fp8_gemm(*act_quant(x, ACT_GROUP), self.weight, self.scale, self.dtype)

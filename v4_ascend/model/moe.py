@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.linear import GroupedLinear, Source, read_plain
@@ -21,6 +20,7 @@ from v4_ascend.ops import (
     grouped_int8_gemm_swiglu,
     hash_gate,
     int8_act_quant,
+    linear,
     moe_combine,
     moe_dispatch,
     swiglu,
@@ -57,7 +57,7 @@ class Gate:
         self, x: torch.Tensor, input_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and ids, [n_tokens, topk] each; always in fp32."""
-        logits = F.linear(x.float(), self.weight)
+        logits = linear(x.float(), self.weight)
         if self.tid2eid is not None:
             return hash_gate(logits, self.tid2eid, input_ids, self.route_scale)
         if self.bias is None:

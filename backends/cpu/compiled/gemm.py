@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import MISSING, function, is_bf16, pointer
-from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm
+from v4_ascend.backends.cpu.compiled.library import (
+    MISSING,
+    function,
+    has_wide_vectors,
+    is_bf16,
+    pointer,
+)
+from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm, heads_gemm, linear
 from v4_ascend.ops.formats import E8M0, is_mx
 
 _plain = function("gemv_plain", "ppppiiii")
@@ -13,13 +21,14 @@ _fp8 = function("gemv_fp8", "pppppiiiiiii")
 _fp4 = function("gemv_fp4", "pppppiii")
 _widen = function("widen_fp8", "pppiiii")
 BLOCK, MX_GROUP = 128, 32
-# Rows of an expert from which on torch's products are faster: it has instructions for bf16, and
-# must widen a quantised weight first.
-FEW = {torch.float32: 32, torch.bfloat16: 4}
-QUANTISED_ROWS = 64
+# Rows of an expert from which on torch's products are faster: where vectors are wide it has
+# instructions for bf16 too, and a quantised weight it must widen as a whole first.
+IS_WIDE = has_wide_vectors()
+FEW = {torch.float32: 64 if IS_WIDE else 8, torch.bfloat16: 4 if IS_WIDE else 64}
+QUANTISED_ROWS = math.inf if IS_WIDE else 256
 
 
-def _few(n_rows: int, most: int) -> str | None:
+def _few(n_rows: int, most: float) -> str | None:
     if MISSING is not None:
         return MISSING
     return f"{n_rows} rows: torch multiplies more than {most} faster" if n_rows > most else None
@@ -121,12 +130,39 @@ def grouped_gemm_compiled(
     group_sizes: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Read the weight of each expert that has rows once for every 64 of them."""
+    """Read the weight of each expert that has rows once for at most 64 of them."""
     sizes = group_sizes.contiguous()
     if x_scale is not None and weight_scale is not None:
         return _product(x, x_scale, weight, weight_scale, sizes).to(out_dtype)
-    n_experts, n, k = weight.shape
+    return plain_product(x, weight, sizes).to(out_dtype)
+
+
+def plain_product(x: torch.Tensor, weight: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Multiply rows grouped by the matrix [n_matrices, n, k] they are for, in fp32."""
+    n_matrices, n, k = weight.shape
     out, wide, weight = torch.empty(len(x), n), x.float().contiguous(), weight.contiguous()
     arrays = map(pointer, (wide, weight, sizes, out))
-    _plain(*arrays, n_experts, n, k, is_bf16(weight))
-    return out.to(out_dtype)
+    _plain(*arrays, n_matrices, n, k, is_bf16(weight))
+    return out
+
+
+def few_plain(x: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Why these rows [n_rows, ...] are not for `plain_product`, or None."""
+    if MISSING is None and (x.dtype != weight.dtype or x.dtype not in FEW):
+        return f"x is {x.dtype}, the weight {weight.dtype}"
+    return _few(len(x), FEW.get(x.dtype, 0))
+
+
+@linear.kernel("cpu", provider="c++", why_not=few_plain)
+def linear_compiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Read each weight once for all rows."""
+    return plain_product(x, weight.unsqueeze(0), torch.tensor([len(x)])).to(x.dtype)
+
+
+@heads_gemm.kernel("cpu", provider="c++", why_not=few_plain)
+def heads_gemm_compiled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Take each group's rows as an expert's."""
+    n_tokens, n_groups, k = x.shape
+    rows = x.transpose(0, 1).reshape(-1, k)
+    out = plain_product(rows, weight, torch.full((n_groups,), n_tokens))
+    return out.to(x.dtype).view(n_groups, n_tokens, weight.shape[1]).transpose(0, 1)

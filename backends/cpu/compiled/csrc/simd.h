@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 // Compiled once for each of these, chosen when the library is loaded.
@@ -39,6 +40,11 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+typedef int8_t i8x8 __attribute__((vector_size(8)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 
@@ -105,15 +111,64 @@ INLINE float rounded(float x) {
   return get(&t);
 }
 
+// The same sixteen floats in two registers of eight: where no register holds sixteen, compilers keep
+// an f32x16 that a loop adds to in memory.
+struct Pair {
+  f32x8 low, high;
+};
+
+INLINE Pair operator*(Pair a, Pair b) { return {a.low * b.low, a.high * b.high}; }
+INLINE Pair operator*(Pair a, float b) { return {a.low * b, a.high * b}; }
+INLINE Pair operator+(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
+
+INLINE void operator+=(Pair& a, Pair b) {
+  a.low += b.low;
+  a.high += b.high;
+}
+
+INLINE void load(const float* p, f32x16& v) { v = load(p); }
+INLINE void load(const bf16* p, f32x16& v) { v = load(p); }
+
+INLINE void load(const float* p, Pair& v) {
+  memcpy(&v.low, p, sizeof v.low);
+  memcpy(&v.high, p + 8, sizeof v.high);
+}
+
+INLINE void load(const bf16* p, Pair& v) {
+  u16x8 low, high;
+  memcpy(&low, p, sizeof low);
+  memcpy(&high, p + 8, sizeof high);
+  v.low = (f32x8)(__builtin_convertvector(low, u32x8) << 16);
+  v.high = (f32x8)(__builtin_convertvector(high, u32x8) << 16);
+}
+
+INLINE void store(float* p, Pair v) {
+  memcpy(p, &v.low, sizeof v.low);
+  memcpy(p + 8, &v.high, sizeof v.high);
+}
+
+INLINE void widen(i8x16 bytes, f32x16& v) { v = widen(bytes); }
+
+INLINE void widen(i8x16 bytes, Pair& v) {
+  i8x8 half[2];
+  memcpy(half, &bytes, sizeof half);
+  v.low = __builtin_convertvector(__builtin_convertvector(half[0], i32x8), f32x8);
+  v.high = __builtin_convertvector(__builtin_convertvector(half[1], i32x8), f32x8);
+}
+
 // Lanes that are half the width apart are added, then those of what is left.
-INLINE float sum(f32x16 v) {
-  f32x8 v8[2];
-  memcpy(v8, &v, sizeof v);
-  v8[0] += v8[1];
+INLINE float sum(Pair v) {
+  v.low += v.high;
   f32x4 v4[2];
-  memcpy(v4, v8, sizeof v4);
+  memcpy(v4, &v.low, sizeof v4);
   v4[0] += v4[1];
   return (v4[0][0] + v4[0][2]) + (v4[0][1] + v4[0][3]);
+}
+
+INLINE float sum(f32x16 v) {
+  Pair halves;
+  memcpy(&halves, &v, sizeof v);
+  return sum(halves);
 }
 
 // sum_i a[i] b[i], for M rows of `a` against one of `b`, which is read once.
@@ -177,17 +232,30 @@ INLINE float power_of_two(uint8_t e8m0) {
   return x;
 }
 
+template <typename F, typename U, typename I>
+INLINE F e4m3(U bits) {
+  U sign = (bits & 0x80) << 24, magnitude = bits & 0x7F;
+  F normal = (F)((magnitude << 20) + (120u << 23));
+  F subnormal = __builtin_convertvector((I)magnitude, F) * 0x1p-9f;
+  F y = (F)(magnitude < 8 ? (U)subnormal : (U)normal);
+  y = (F)(magnitude == 0x7F ? U{} + 0x7FC00000u : (U)y);
+  return (F)((U)y | sign);
+}
+
 // Sixteen e4m3 values.
 INLINE f32x16 from_e4m3(const uint8_t* p) {
   u8x16 bytes;
   memcpy(&bytes, p, sizeof bytes);
-  u32x16 b = widen(bytes);
-  u32x16 sign = (b & 0x80) << 24, magnitude = b & 0x7F;
-  f32x16 normal = (f32x16)((magnitude << 20) + (120u << 23));
-  f32x16 subnormal = __builtin_convertvector((i32x16)magnitude, f32x16) * 0x1p-9f;
-  f32x16 y = (f32x16)(magnitude < 8 ? (u32x16)subnormal : (u32x16)normal);
-  y = (f32x16)(magnitude == 0x7F ? u32x16{} + 0x7FC00000u : (u32x16)y);
-  return (f32x16)((u32x16)y | sign);
+  return e4m3<f32x16, u32x16, i32x16>(widen(bytes));
+}
+
+INLINE void from_e4m3(const uint8_t* p, f32x16& v) { v = from_e4m3(p); }
+
+INLINE void from_e4m3(const uint8_t* p, Pair& v) {
+  u8x8 half[2];
+  memcpy(half, p, sizeof half);
+  v.low = e4m3<f32x8, u32x8, i32x8>(__builtin_convertvector(half[0], u32x8));
+  v.high = e4m3<f32x8, u32x8, i32x8>(__builtin_convertvector(half[1], u32x8));
 }
 
 // Call f(begin, end) for parts of [0, n), on several threads if `n * cost` operations are worth it.
