@@ -10,8 +10,11 @@ from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.cli.app import app
 from v4_ascend.errors import ConfigError
 from v4_ascend.model.numerics import Numerics
+from v4_ascend.model.resident import resident_bytes
 from v4_ascend.runtime import bench_context
 from v4_ascend.runtime.load import load_model
+from v4_ascend.runtime.step_costs import step_costs
+from v4_ascend.runtime.workload import Workload
 
 FP32 = ("fp32", "fp32")
 
@@ -38,17 +41,29 @@ def test_caches_cost_what_a_token_reads(model):
     # Rows of 128 fp32: the window in six layers, 16 chosen rows and all index rows in three,
     # every row of a group of 128 in two.
     rows = 6 * 128 + 3 * (16 + 4096 // 4) + 2 * (4096 // 128)
-    assert bench_context.step_costs(model, FP32, 1, 4096)[1] == rows * 128 * 4
-    assert bench_context.step_costs(model, FP32, 3, 4096)[1] == 3 * rows * 128 * 4
+    assert step_costs(model, FP32, Workload(1, 1, 4096)).cache_bytes == rows * 128 * 4
+    assert step_costs(model, FP32, Workload(3, 1, 4096)).cache_bytes == 3 * rows * 128 * 4
 
 
 def test_a_batch_reads_weights_once_and_the_experts_it_may_choose(model):
     c = model.config
     expert = 3 * c.dim * c.moe_inter_dim * 4 * c.n_layers
-    one, _, operations = bench_context.step_costs(model, FP32, 1, 4096)
-    many, _, more = bench_context.step_costs(model, FP32, 1000, 4096)
-    assert many - one == pytest.approx((c.n_routed_experts - c.n_activated_experts) * expert)
-    assert more == pytest.approx(1000 * operations)
+    one = step_costs(model, FP32, Workload(1, 1, 4096))
+    many = step_costs(model, FP32, Workload(1000, 1, 4096))
+    read = many.weight_bytes - one.weight_bytes
+    assert read == pytest.approx((c.n_routed_experts - c.n_activated_experts) * expert)
+    assert many.operations == pytest.approx(1000 * one.operations)
+
+
+def test_a_prompt_costs_what_its_tokens_would_one_by_one_but_weights_and_the_head_once(model):
+    n, head = 512, resident_bytes(model.head) / 4
+    whole = step_costs(model, FP32, Workload(1, n, 0))
+    each = [step_costs(model, FP32, Workload(1, 1, i)) for i in range(n)]
+    alone = sum(c.operations for c in each)
+    assert whole.operations == pytest.approx(alone - (n - 1) * 2 * head, rel=2e-3)
+    rows = 6 * n + 3 * 2 * n / 4 + 2 * n / 128
+    assert whole.cache_bytes == rows * 128 * 4
+    assert whole.weight_bytes == pytest.approx(resident_bytes(model) - model.embed.nbytes)
 
 
 def test_every_point_has_a_time_and_a_floor_and_is_drawn(tiny, tmp_path):

@@ -332,14 +332,20 @@ def _run(
             against_transformers=against is not None,
             progress=progress,
         )
-    rates = {s.who: getattr(s, what) for s in speeds}
+    rates = {s.who: getattr(s, what) for s in speeds.sides}
+    floor = getattr(speeds.floor, what)
     if as_json:
-        data = {"what": what, "threads": torch.get_num_threads(), "tokens_per_s": rates}
+        data = {"what": what, "threads": torch.get_num_threads(), "tokens_per_s": rates,
+                "floor": floor, "rates": asdict(speeds.rates)}  # fmt: skip
         typer.echo(json.dumps({"version": 1, "status": "ok", "data": data, "diagnostics": []}))
         return
-    typer.echo(f"| {what}, {torch.get_num_threads()} threads | tokens/s |\n|---|---|")
+    typer.echo(
+        f"| {what}, {torch.get_num_threads()} threads | tokens/s | of the floor |\n|---|---|---|"
+    )
     for who, rate in rates.items():
-        typer.echo(f"| {who} | {rate:,.1f} |")
-    if len(speeds) > 1:
+        typer.echo(f"| {who} | {rate:,.1f} | {rate / floor:.0%} |")
+    if len(rates) > 1:
         ours, theirs = rates.values()
-        typer.echo(f"| ratio | {ours / theirs:.2f} |")
+        typer.echo(f"| ratio | {ours / theirs:.2f} | |")
+    can = f"{speeds.rates.copy / 1e9:,.1f} GB/s copied, {speeds.rates.products['fp32'] / 1e9:,.0f}"
+    typer.echo(f"| floor: {can} GFLOP/s fp32, *measured* | {floor:,.1f} | 100% |")

@@ -20,10 +20,13 @@ from v4_ascend.errors import BackendUnavailableError, CaptureError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import use_policy
+from v4_ascend.runtime import workload
+from v4_ascend.runtime.bench_ops import Rates, measure_rates
 from v4_ascend.runtime.graphs import DecodeGraphs, recorder_of
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
 from v4_ascend.runtime.parity import cache_records
+from v4_ascend.runtime.step_costs import step_costs
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,15 @@ class Speed:
     decode: float
 
 
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Both sides, ours first, and what no implementation could exceed at the measured rates."""
+
+    sides: list[Speed]
+    floor: Speed
+    rates: Rates
+
+
 # Runs one round and returns the seconds of prefill and of decode.
 Round = Callable[[], tuple[float, float]]
 
@@ -57,8 +69,8 @@ def bench(
     *,
     against_transformers: bool,
     progress: Callable[[int, int], None],
-) -> list[Speed]:
-    """Time both sides; the first is ours.
+) -> Speeds:
+    """Time both sides, and what the machine can do.
 
     Raises:
         BackendUnavailableError: transformers is not installed.
@@ -69,8 +81,19 @@ def bench(
     g = torch.Generator().manual_seed(0)
     n = work.prompt + work.decode
     ids = torch.randint(0, checkpoint.config.vocab_size, (n,), generator=g)
+    numerics = Numerics.of(checkpoint.config, None, "auto")
+    records = cache_records(backend, checkpoint.config, numerics, "fast")
     with torch.inference_mode(), use_policy(backend=backend.name):
-        sides = {f"v4-ascend, {backend.name}": _ours(checkpoint, backend, work, ids)}
+        rates = measure_rates(backend.device())
+        model = load_model(
+            checkpoint,
+            numerics,
+            with_drafter=False,
+            progress=lambda done, total: None,
+            device=backend.device(),
+        )
+        floor = _floor(model, records, rates, work)
+        sides = {f"v4-ascend, {backend.name}": _ours(model, records, backend, work, ids)}
         if against_transformers:
             sides["transformers"] = _transformers(checkpoint, work, ids)
         best = dict.fromkeys(sides, (float("inf"), float("inf")))
@@ -81,21 +104,29 @@ def bench(
                     prefill, decode = zip(best[who], took, strict=True)
                     best[who] = (min(prefill), min(decode))
             progress(number + 1, work.rounds + 1)
-    return [Speed(who, work.prompt / p, work.decode / d) for who, (p, d) in best.items()]
+    speeds = [Speed(who, work.prompt / p, work.decode / d) for who, (p, d) in best.items()]
+    return Speeds(speeds, floor, rates)
 
 
-def _ours(checkpoint: Checkpoint, backend: Backend, work: Workload, ids: torch.Tensor) -> Round:
-    numerics = Numerics.of(checkpoint.config, None, "auto")
-    model: Transformer = load_model(
-        checkpoint,
-        numerics,
-        with_drafter=False,
-        progress=lambda done, total: None,
-        device=backend.device(),
-    )
-    kv, index = cache_records(backend, checkpoint.config, numerics, "fast")
+def _floor(model: Transformer, records: tuple[str, str], rates: Rates, work: Workload) -> Speed:
+    """Return what a perfect prefill and, halfway through, a perfect decode would reach."""
+    dtype = model.numerics.dtype
+    prefill = step_costs(model, records, workload.Workload(1, work.prompt, 0))
+    middle = workload.Workload(1, 1, work.prompt + work.decode // 2)
+    decode = step_costs(model, records, middle)
+    return Speed("floor", work.prompt / prefill.floor(rates, dtype), 1 / decode.floor(rates, dtype))
+
+
+def _ours(
+    model: Transformer,
+    records: tuple[str, str],
+    backend: Backend,
+    work: Workload,
+    ids: torch.Tensor,
+) -> Round:
+    kv, index = records
     cache = KVCache(
-        checkpoint.config,
+        model.config,
         n_slots=1,
         max_model_len=len(ids),
         max_chunk=work.prompt,

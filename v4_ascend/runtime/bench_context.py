@@ -19,15 +19,14 @@ from v4_ascend.checkpoint.reader import Checkpoint
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.errors import ConfigError
 from v4_ascend.model.numerics import Numerics
-from v4_ascend.model.resident import resident_bytes
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import store_rows, use_policy
-from v4_ascend.ops.records import RECORDS
 from v4_ascend.runtime.bench_ops import Rates
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
-from v4_ascend.runtime.op_workloads import Unit
 from v4_ascend.runtime.parity import cache_records
+from v4_ascend.runtime.step_costs import row_bytes, step_costs
+from v4_ascend.runtime.workload import Workload
 
 PIECE = 1 << 16  # rows filled at once
 WARM = 2  # steps that do not count
@@ -83,57 +82,21 @@ def bench_context(
             fitting = [c for c in sorted(contexts) if not _why_not(config, records, batch, c)]
             cache = filled_cache(config, records, batch, max(fitting), backend) if fitting else None
             for context in sorted(contexts):
-                costs = step_costs(model, records, batch, context)
-                unit: Unit = "fp32" if numerics.dtype == torch.float32 else "bf16"
-                floor = max(sum(costs[:2]) / rates.copy, costs[2] / rates.products[unit])
+                costs = step_costs(model, records, Workload(batch, 1, context))
+                floor = costs.floor(rates, numerics.dtype)
+                counted = (costs.weight_bytes, costs.cache_bytes, costs.operations)
                 if cache is None or context not in fitting:
                     why = _why_not(config, records, batch, context) or ""
-                    yield Point(batch, context, 0.0, floor, *costs, why=why)
+                    yield Point(batch, context, 0.0, floor, *counted, why=why)
                     continue
-                yield Point(batch, context, _time(model, cache, context, n_steps), floor, *costs)
+                seconds = _time(model, cache, context, n_steps)
+                yield Point(batch, context, seconds, floor, *counted)
             progress(number + 1, len(batches))
-
-
-def step_costs(
-    model: Transformer, records: tuple[str, str], batch: int, context: int
-) -> tuple[float, float, float]:
-    """Return bytes of weights, bytes of caches and operations of a step, all read once.
-
-    Of the experts those are read that some token of the batch is expected to choose.
-    """
-    c = model.config
-    experts = float(sum(resident_bytes(block.ffn.experts) for block in model.layers))
-    embed = 0 if model.embed is None else model.embed.nbytes
-    dense = resident_bytes(model) - experts - embed
-    chosen = 1 - (1 - c.n_activated_experts / c.n_routed_experts) ** batch
-    kv, index = (_row_bytes(c, records, n) for n in (0, 1))
-    cache = operations = 0.0
-    for ratio in c.compress_ratios[: c.n_layers]:
-        seen, compressed = min(context, c.window_size), context // ratio if ratio else 0
-        if ratio == 4:
-            cache += compressed * index
-            operations += 2.0 * compressed * c.index_n_heads * c.index_head_dim
-            compressed = min(compressed, c.index_topk)
-        seen += compressed
-        cache += seen * kv
-        operations += 4.0 * seen * c.n_heads * c.head_dim
-    expert = model.layers[0].ffn.experts.w13.weight
-    each = expert.element_size() / (2 if expert.dtype == torch.int8 else 1)  # FP4: two in a byte
-    values = experts * c.n_activated_experts / c.n_routed_experts / each
-    quantised = model.numerics.quant_sim and c.quantization is not None
-    values += dense / (1 if quantised else model.numerics.dtype.itemsize)
-    return dense + experts * chosen, batch * cache, batch * (operations + 2 * values)
-
-
-def _row_bytes(config: ModelConfig, records: tuple[str, str], which: int) -> float:
-    width = (config.head_dim, config.index_head_dim)[which]
-    storage = RECORDS[records[which]].new_storage(1, 1, width, torch.device("cpu"))
-    return float(storage.nbytes)
 
 
 def _why_not(config: ModelConfig, records: tuple[str, str], batch: int, context: int) -> str | None:
     """Refuse caches of more than half of the memory: filling them would push the rest out."""
-    kv, index = (_row_bytes(config, records, n) for n in (0, 1))
+    kv, index = (row_bytes(config, records, n) for n in (0, 1))
     rows = sum(context // r * (kv + (index if r == 4 else 0)) for r in config.compress_ratios if r)
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
     if batch * rows <= most:
