@@ -14,7 +14,8 @@ from v4_ascend.errors import BackendUnavailableError, ConfigError
 Proof = Literal["executed", "interpreted", "emulated call"]
 
 
-def _no_chips(chip: str | None) -> None:
+def no_chips(chip: str | None) -> None:
+    """Refuse a chip by name, where kernels do not differ by it."""
     if chip is not None:
         raise ConfigError("--soc", f"{chip!r}: this backend does not tell chips apart")
 
@@ -44,7 +45,7 @@ class Backend:
     proof: Callable[[], Proof] = lambda: "executed"
     missing: Mapping[str, str] = field(default_factory=dict)
     chips: tuple[str, ...] = ()
-    use_chip: Callable[[str | None], None] = _no_chips
+    use_chip: Callable[[str | None], None] = no_chips
     records: Callable[[str, bool], tuple[str, str]] = lambda dtype, quant_sim: (dtype, dtype)
     watch_compilations: Callable[[Callable[[str], None]], None] = lambda tell: None
     min_page_rows: int = 1

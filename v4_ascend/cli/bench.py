@@ -44,7 +44,10 @@ def group() -> None:
 
 
 CheckpointOption = Annotated[Path, typer.Option(help="checkpoint folder")]
-Prompt = Annotated[int, typer.Option(min=1, help="tokens prefilled in one step")]
+Prompt = Annotated[int, typer.Option(min=1, help="tokens that are prefilled")]
+Chunk = Annotated[
+    int | None, typer.Option(min=1, help="tokens of a prefill step; default: all of the prompt")
+]
 Rounds = Annotated[int, typer.Option(min=1, help="the best one counts")]
 BackendOption = Annotated[str, typer.Option(help="whose kernels run")]
 AgainstOption = Annotated[Against | None, typer.Option(help="run it too, in turns")]
@@ -55,19 +58,22 @@ Json = Annotated[bool, typer.Option("--json", help="for scripts")]
 def prefill_command(
     checkpoint: CheckpointOption,
     prompt: Prompt = 512,
+    chunk: Chunk = None,
     rounds: Rounds = 5,
     backend: BackendOption = "cpu",
     against: AgainstOption = None,
     as_json: Json = False,
 ) -> None:
-    """Time one prompt in one step, tokens per second."""
-    _run("prefill", checkpoint, prompt, 1, rounds, backend, against, as_json)
+    """Time one prompt, tokens per second; transformers takes it in one step."""
+    work = (prompt, chunk or prompt, 1, rounds)
+    _run("prefill", checkpoint, *work, backend, against, as_json)
 
 
 @bench.command("decode")
 def decode_command(
     checkpoint: CheckpointOption,
     prompt: Prompt = 512,
+    chunk: Chunk = None,
     tokens: Annotated[int, typer.Option(min=1, help="decoded behind it, one at a time")] = 64,
     rounds: Rounds = 5,
     backend: BackendOption = "cpu",
@@ -75,7 +81,8 @@ def decode_command(
     as_json: Json = False,
 ) -> None:
     """Time one sequence that grows token by token, tokens per second."""
-    _run("decode", checkpoint, prompt, tokens, rounds, backend, against, as_json)
+    work = (prompt, chunk or prompt, tokens, rounds)
+    _run("decode", checkpoint, *work, backend, against, as_json)
 
 
 @bench.command("generate")
@@ -308,6 +315,7 @@ def _run(
     what: str,
     checkpoint: Path,
     prompt: int,
+    chunk: int,
     tokens: int,
     rounds: int,
     backend: str,
@@ -328,7 +336,7 @@ def _run(
         speeds = bench(
             Checkpoint(checkpoint),
             found,
-            Workload(prompt=prompt, decode=tokens, rounds=rounds),
+            Workload(prompt=prompt, chunk=chunk, decode=tokens, rounds=rounds),
             against_transformers=against is not None,
             progress=progress,
         )

@@ -42,6 +42,11 @@ class Rates:
     products: dict[Unit, float]
     node: float = 0.0
 
+    def or_faster(self, other: Rates) -> Rates:
+        """Return the better of two measurements, rate by rate."""
+        products = {unit: max(rate, other.products[unit]) for unit, rate in self.products.items()}
+        return Rates(max(self.copy, other.copy), products, min(self.node, other.node))
+
     def floor(self, call: Call) -> float:
         """Seconds that no kernel can undercut."""
         products = call.operations / self.products[call.unit]
