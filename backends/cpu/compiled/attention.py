@@ -1,4 +1,4 @@
-"""Attention of few tokens, compiled: rows are read where they lie in their pages."""
+"""Attention token by token, compiled: rows are read where they lie in their pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from v4_ascend.backends.cpu.compiled.gemm import few_plain, plain_product
 from v4_ascend.backends.cpu.compiled.library import (
     FEW,
+    IS_WIDE,
     MISSING,
     function,
     is_bf16,
@@ -22,6 +23,8 @@ _index_select = function("index_select", "ppppiippiiiiipi")
 _compress_kv = function("compress_kv", "pppppppiiiiip")
 _masked_softmax = function("masked_softmax", "pppfiiipi")
 DECODED = 2  # tokens a sequence brings while it decodes, its draft among them
+# Rows behind the window that all tokens see, from which on products of tiles are faster.
+SHARED_ROWS = 512
 
 
 def _is_decode(n_tokens: int, seq_lens: torch.Tensor) -> str | None:
@@ -45,7 +48,12 @@ def _why_not_attend(
     window_size: int,
     compress_ratio: int,
 ) -> str | None:
-    return why_not(q, window) or _is_decode(len(q), seq_lens)
+    if not IS_WIDE:
+        return why_not(q, window) or _is_decode(len(q), seq_lens)
+    shared = 0
+    if compressed is not None and block_table is not None and indices is None:
+        shared = block_table.shape[1] * compressed.shape[1]
+    return why_not(q, window) or (_is_decode(len(q), seq_lens) if shared > SHARED_ROWS else None)
 
 
 @sparse_attn.kernel("cpu", provider="c++", why_not=_why_not_attend)

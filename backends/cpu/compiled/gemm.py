@@ -7,9 +7,9 @@ import math
 import torch
 
 from v4_ascend.backends.cpu.compiled.library import (
+    IS_WIDE,
     MISSING,
     function,
-    has_wide_vectors,
     is_bf16,
     pointer,
 )
@@ -23,7 +23,6 @@ _widen = function("widen_fp8", "pppiiii")
 BLOCK, MX_GROUP = 128, 32
 # Rows of an expert from which on torch's products are faster: where vectors are wide it has
 # instructions for bf16 too, and a quantised weight it must widen as a whole first.
-IS_WIDE = has_wide_vectors()
 FEW = {torch.float32: 64 if IS_WIDE else 8, torch.bfloat16: 4 if IS_WIDE else 64}
 QUANTISED_ROWS = math.inf if IS_WIDE else 256
 

@@ -63,13 +63,12 @@ def recorded(note: Recorder) -> Iterator[None]:
         _recorders.remove(note)
 
 
-def has_wide_vectors() -> bool:
-    """Say whether the machine multiplies sixteen floats at once (AVX-512)."""
-    return MISSING is None and bool(function("has_wide_vectors", "")())
-
-
 def _refuse(*_arguments: Any) -> int:
     raise RuntimeError(str(MISSING))  # why_not has said so already
+
+
+# Whether the machine multiplies sixteen floats at once (AVX-512).
+IS_WIDE = MISSING is None and bool(function("has_wide_vectors", "")())
 
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
