@@ -1,0 +1,74 @@
+"""Products on machines whose vectors hold eight floats, tried on whatever runs this."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+
+from v4_ascend.backends.cpu.compiled import library
+from v4_ascend.ops import act_quant, grouped_gemm
+from v4_ascend.ops.formats import E8M0
+
+CSRC = library.__file__.replace("library.py", "csrc/gemv.cpp")
+SIZES = (0, 1, 2, 3, 5, 0, 8, 64, 65, 130)
+N, K = 128, 256
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    out = tmp_path_factory.mktemp("narrow") / "narrow.so"
+    how = ["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi", "-fPIC", "-shared", "-DNO_AVX512"]
+    subprocess.run(["g++", *how, CSRC, "-o", out], check=True)
+    return ctypes.CDLL(str(out))
+
+
+@pytest.fixture
+def rows():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(sum(SIZES), K, generator=g), torch.tensor(SIZES), g
+
+
+def _call(found, arrays, *sizes):
+    pointers = (ctypes.c_void_p(a.data_ptr()) for a in arrays)
+    found(*pointers, *map(ctypes.c_int64, sizes))
+
+
+def test_it_is_the_narrow_one(narrow):
+    assert narrow.has_wide_vectors() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_products(narrow, rows, dtype):
+    x, sizes, g = rows
+    weight = torch.randn(len(SIZES), N - 3, K, generator=g).to(dtype)
+    out = torch.full((len(x), N - 3), torch.nan)
+    _call(narrow.gemv_plain, (x, weight, sizes, out), len(SIZES), N - 3, K, dtype != torch.float32)
+    right = grouped_gemm.reference(x, None, weight.float(), None, sizes, torch.float32)
+    torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_fp4", [False, True])
+def test_quantised_products(narrow, rows, is_fp4):
+    x, sizes, g = rows
+    x, x_scale = act_quant(x.bfloat16(), 128)
+    if is_fp4:
+        weight = torch.randint(-128, 128, (len(SIZES), N, K // 2), generator=g, dtype=torch.int8)
+        groups, rows_each = (len(SIZES), N, K // 32), 1
+    else:
+        weight = torch.randn(len(SIZES), N, K, generator=g).to(torch.float8_e4m3fn)
+        groups, rows_each = (len(SIZES), N // 128, K // 128), 128
+    scale = torch.randint(120, 132, groups, generator=g, dtype=torch.uint8)
+    right = grouped_gemm.reference(
+        x, x_scale, weight, scale.view(E8M0), sizes, torch.float32
+    )  # fmt: skip
+    wide, out = torch.empty(len(x), K), torch.full((len(x), N), torch.nan)
+    arrays = (x.view(torch.uint8), x_scale.view(torch.uint8), wide)
+    _call(narrow.widen_fp8, arrays, len(x), K, K // x_scale.shape[1], is_fp4)
+    weight = weight.view(torch.uint8)
+    if is_fp4:
+        _call(narrow.gemv_fp4, (wide, weight, scale, sizes, out), len(SIZES), N, K)
+    else:
+        how = (len(SIZES), N, K, rows_each, 128, groups[1], 0)
+        _call(narrow.gemv_fp8, (wide, weight, scale, sizes, out), *how)
+    torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
