@@ -355,5 +355,6 @@ def _run(
     if len(rates) > 1:
         ours, theirs = rates.values()
         typer.echo(f"| ratio | {ours / theirs:.2f} | |")
-    can = f"{speeds.rates.copy / 1e9:,.1f} GB/s copied, {speeds.rates.products['fp32'] / 1e9:,.0f}"
-    typer.echo(f"| floor: {can} GFLOP/s fp32, *measured* | {floor:,.1f} | 100% |")
+    can = f"{speeds.rates.copy / 1e9:,.1f} GB/s copied and "
+    can += f"{speeds.rates.products[speeds.unit] / 1e9:,.0f} GFLOP/s in {speeds.unit}, *measured*"
+    typer.echo(f"| floor, *modelled* at {can} | {floor:,.1f} | 100% |")

@@ -25,6 +25,7 @@ from v4_ascend.runtime.bench_ops import Rates, measure_rates
 from v4_ascend.runtime.graphs import DecodeGraphs, recorder_of
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
+from v4_ascend.runtime.op_workloads import Unit
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.step_costs import step_costs
 
@@ -52,11 +53,16 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Both sides, ours first, and what no implementation could exceed at the measured rates."""
+    """Both sides, ours first, and what no implementation could exceed at the measured rates.
+
+    Attributes:
+        unit: of the products that the floor counts with.
+    """
 
     sides: list[Speed]
     floor: Speed
     rates: Rates
+    unit: Unit
 
 
 # Runs one round and returns the seconds of prefill and of decode.
@@ -106,16 +112,11 @@ def bench(
             rates = rates.or_faster(measure_rates(backend.device()))
             progress(number + 1, work.rounds + 1)
     speeds = [Speed(who, work.prompt / p, work.decode / d) for who, (p, d) in best.items()]
-    return Speeds(speeds, _floor(model, records, rates, work), rates)
-
-
-def _floor(model: Transformer, records: tuple[str, str], rates: Rates, work: Workload) -> Speed:
-    """Return what a perfect prefill and, halfway through, a perfect decode would reach."""
-    dtype = model.numerics.dtype
-    prefill = step_costs(model, records, workload.Workload(1, work.prompt, 0))
+    prompt = step_costs(model, records, workload.Workload(1, work.prompt, 0))
     middle = workload.Workload(1, 1, work.prompt + work.decode // 2)
-    decode = step_costs(model, records, middle)
-    return Speed("floor", work.prompt / prefill.floor(rates, dtype), 1 / decode.floor(rates, dtype))
+    token = step_costs(model, records, middle)
+    floor = Speed("floor", work.prompt / prompt.floor(rates), 1 / token.floor(rates))
+    return Speeds(speeds, floor, rates, prompt.unit)
 
 
 def _ours(

@@ -83,7 +83,7 @@ def bench_context(
             cache = filled_cache(config, records, batch, max(fitting), backend) if fitting else None
             for context in sorted(contexts):
                 costs = step_costs(model, records, Workload(batch, 1, context))
-                floor = costs.floor(rates, numerics.dtype)
+                floor = costs.floor(rates)
                 counted = (costs.weight_bytes, costs.cache_bytes, costs.operations)
                 if cache is None or context not in fitting:
                     why = _why_not(config, records, batch, context) or ""

@@ -11,22 +11,27 @@ from v4_ascend.model.resident import resident_bytes
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops.records import RECORDS
 from v4_ascend.runtime.bench_ops import Rates
+from v4_ascend.runtime.op_workloads import Unit
 from v4_ascend.runtime.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Bytes of weights and of caches, and operations (a product and a sum are two)."""
+    """Bytes of weights and of caches, and operations (a product and a sum are two).
+
+    Attributes:
+        unit: the fastest that multiplies any of the weights.
+    """
 
     weight_bytes: float
     cache_bytes: float
     operations: float
+    unit: Unit
 
-    def floor(self, rates: Rates, dtype: torch.dtype) -> float:
-        """Seconds that no step of this compute type can undercut."""
-        products = rates.products["fp32" if dtype == torch.float32 else "bf16"]
+    def floor(self, rates: Rates) -> float:
+        """Seconds that no step can undercut."""
         read = (self.weight_bytes + self.cache_bytes) / rates.copy
-        return max(read, self.operations / products)
+        return max(read, self.operations / rates.products[self.unit])
 
 
 def step_costs(model: Transformer, records: tuple[str, str], work: Workload) -> StepCosts:
@@ -64,6 +69,7 @@ def step_costs(model: Transformer, records: tuple[str, str], work: Workload) -> 
         weight_bytes=dense + experts * chosen,
         cache_bytes=cache,
         operations=n * (operations + 2 * values) + work.batch * 2 * drawn,
+        unit="fp8" if quantised else "fp32" if model.numerics.dtype == torch.float32 else "bf16",
     )
 
 
