@@ -408,13 +408,20 @@ def test_every_metric_of_the_dashboard_is_exported(served):
 def test_the_log_has_a_line_for_each_request(served):
     body = ASK | {"max_tokens": 2, "ignore_eos": True, "stream": True}
     post(served, "/v1/chat/completions", body, **{"X-Request-Id": "log-1"})
-    post(served, "/v1/messages", {"no": 1}, **{"X-Request-Id": 'bad "id'})
-    log = (served.folder / "state/v4-ascend/apis/front.log").read_text()
-    lines = [json.loads(line) for line in log.splitlines()]
-    (line,) = [line for line in lines if line["request_id"] == "log-1"]
+    wrong = post(served, "/v1/messages", {"no": 1}, **{"X-Request-Id": 'bad "id'})
+    assert wrong.headers["x-request-id"].startswith("req_")
+    log = served.folder / "state/v4-ascend/apis/front.log"
+
+    def logged(request_id):  # once the answer has been sent
+        lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True)
+                 if line.endswith("\n")]  # fmt: skip
+        return [line for line in lines if line["request_id"] == request_id]
+
+    (line,) = wait_for(lambda: logged("log-1"))
     assert (line["path"], line["status"]) == ("/v1/chat/completions", 200)
     assert (line["completion_tokens"], line["event"]) == (2, "request")
-    assert lines[-1]["request_id"].startswith("req_")
+    (line,) = wait_for(lambda: logged(wrong.headers["x-request-id"]))
+    assert (line["path"], line["status"]) == ("/v1/messages", 400)
 
 
 def test_our_server_passes_every_case(served):

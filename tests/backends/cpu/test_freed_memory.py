@@ -14,8 +14,8 @@ def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24).sum()  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults = [step() for _ in range(8)]  # the heap finds its place in the first few
-print(faults[0], faults[-1])
+faults = [step() for _ in range(16)]
+print(faults[0], min(faults))
 """
 
 
@@ -25,7 +25,8 @@ def test_freed_memory_stays_unless_the_environment_tunes_malloc(tuned):
         [sys.executable, "-c", FAULTS], env={"PATH": "/usr/bin:/bin"} | tuned,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    first, last = map(int, done.stdout.split())
+    # How many steps the heap takes to find room for an aligned tensor depends on its addresses.
+    first, least = map(int, done.stdout.split())
     pages = (1 << 26) // resource.getpagesize()
     assert first > pages // 600  # of 2 MiB, where the system gives such
-    assert (last < first // 10) is not bool(tuned)
+    assert (least < first // 10) is not bool(tuned)
