@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from v4_ascend.backends.cpu.compiled.gemm import few_plain, plain_product
+from v4_ascend.backends.cpu.compiled.gemm import FEW_ROWS, plain_product
 from v4_ascend.backends.cpu.compiled.library import (
     FEW,
     IS_WIDE,
@@ -187,11 +187,11 @@ def compress_kv_compiled(
     norm_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pool all requests' groups from the step's tokens and the state, where they lie."""
-    wide = x.float()
-    if few_plain(wide, wkv) is None:
+    if len(x) <= FEW_ROWS[torch.float32]:
         sizes = torch.tensor([len(x)])
-        kv, score = (plain_product(wide, w.unsqueeze(0), sizes) for w in (wkv, wgate))
+        kv, score = (plain_product(x, w.unsqueeze(0), sizes, torch.float32) for w in (wkv, wgate))
     else:
+        wide = x.float()
         kv, score = F.linear(wide, wkv), F.linear(wide, wgate)
     head_dim, width = len(norm_weight), ape.shape[1]
     pooled = torch.zeros(len(cos), head_dim)

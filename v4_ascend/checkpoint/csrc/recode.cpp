@@ -122,8 +122,11 @@ INLINE void unpack_fp8(const uint8_t* row, const uint8_t* e8m0, const float* sca
                        int64_t n, float* out) {
   for (int64_t at = 0, g = 0; at < n; at += width, g++) {
     f32x16 one = splat(e8m0 ? power_of_two(e8m0[g]) : scale[g]);
-    for (int64_t i = at; i < std::min(n, at + width); i += LANES)
-      store(out + i, from_e4m3(row + i) * one);
+    for (int64_t i = at; i < std::min(n, at + width); i += LANES) {
+      u8x16 bytes;
+      memcpy(&bytes, row + i, sizeof bytes);
+      store(out + i, from_e4m3(bytes) * one);
+    }
   }
 }
 

@@ -1,5 +1,7 @@
 // Products of few rows with a weight that is read once, in the format it is stored in.
-#include "simd.h"
+#include <memory>
+
+#include "weights.h"
 
 namespace {
 
@@ -9,123 +11,6 @@ constexpr int NARROW = 2;        // rows, where registers are sixteen and hold h
 constexpr int64_t LINEAR = 8;    // rows up to which memory is slower than loads: one weight row
 constexpr int64_t AHEAD = 512;   // weights asked for ahead of that one, as memory holds them
 constexpr int64_t PASSING = 64;  // rows of activations that stay near too
-
-// Weights that need no widening.
-template <typename T>
-struct Plain {
-  const T* weight;
-  int64_t n, k;
-
-  template <typename V>
-  INLINE const T* widened(const Plain& w, int64_t expert, int64_t r, int64_t, float*) {
-    return w.weight + (expert * w.n + r) * w.k;
-  }
-
-  static constexpr bool IS_QUANTISED = false;
-};
-
-// e4m3 with a scale for `rows` x `group` values.
-struct FP8 {
-  const uint8_t* weight;
-  const void* scale;
-  int64_t n, k, rows, group, n_scale_rows, scale_is_fp32;
-  static constexpr bool IS_QUANTISED = true;
-
-  // Weight rows from r on, widened one behind the other.
-  template <typename V>
-  INLINE const float* widened(const FP8& w, int64_t expert, int64_t r, int64_t count, float* out) {
-    int64_t n_groups = w.k / w.group;
-    for (int64_t j = 0; j < count; j++) {
-      const uint8_t* row = w.weight + (expert * w.n + r + j) * w.k;
-      int64_t at = (expert * w.n_scale_rows + (r + j) / w.rows) * n_groups;
-      for (int64_t g = 0; g < n_groups; g++) {
-        float s = scale_of(w, at + g);
-        for (int64_t i = g * w.group; i < (g + 1) * w.group; i += LANES) {
-          V value;
-          from_e4m3(row + i, value);
-          store(out + j * w.k + i, value * s);
-        }
-      }
-    }
-    return out;
-  }
-
-  INLINE float scale_of(const FP8& w, int64_t at) {
-    return w.scale_is_fp32 ? ((const float*)w.scale)[at]
-                           : power_of_two(((const uint8_t*)w.scale)[at]);
-  }
-
-  template <int M>
-  INLINE void products(const FP8& w, int64_t expert, int64_t r, const float* x, float* y) {
-    const uint8_t* row = w.weight + (expert * w.n + r) * w.k;
-    int64_t n_groups = w.k / w.group;
-    int64_t at = (expert * w.n_scale_rows + r / w.rows) * n_groups;
-    f32x16 total[M] = {};
-    for (int64_t g = 0; g < n_groups; g++) {
-      f32x16 part[M] = {};
-      for (int64_t i = g * w.group; i < (g + 1) * w.group; i += LANES) {
-        f32x16 value = from_e4m3(row + i);
-        for (int m = 0; m < M; m++) part[m] += load(x + m * w.k + i) * value;
-      }
-      float s = scale_of(w, at + g);
-      for (int m = 0; m < M; m++) total[m] += part[m] * s;
-    }
-    for (int m = 0; m < M; m++) y[m] = sum(total[m]);
-  }
-};
-
-// Two e2m1 a byte, the even channel low, an E8M0 scale for 32 channels. Activations come with the
-// even channels of all before the odd ones.
-struct FP4 {
-  const uint8_t* weight;
-  const uint8_t* scale;
-  int64_t n, k;
-  static constexpr bool IS_QUANTISED = true;
-
-  // Weight rows from r on, widened one behind the other, their channels as the activations'.
-  template <typename V>
-  INLINE const float* widened(const FP4& w, int64_t expert, int64_t r, int64_t count, float* out) {
-    for (int64_t j = 0; j < count; j++, out += w.k) {
-      const uint8_t* row = w.weight + (expert * w.n + r + j) * w.k / 2;
-      const uint8_t* scale = w.scale + (expert * w.n + r + j) * w.k / 32;
-      for (int64_t g = 0; g < w.k / 32; g++) {
-        V even, odd;
-        doubled(row + 16 * g, even, odd);
-        float s = power_of_two(scale[g]) * 0.5f;
-        store(out + LANES * g, even * s);
-        store(out + w.k / 2 + LANES * g, odd * s);
-      }
-    }
-    return out - count * w.k;
-  }
-
-  // Twice the values of sixteen bytes, so that all are whole numbers.
-  template <typename V>
-  INLINE void doubled(const uint8_t* p, V& even, V& odd) {
-    const i8x16 codes = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    u8x16 bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    widen(__builtin_shuffle(codes, (i8x16)(bytes & 15)), even);
-    widen(__builtin_shuffle(codes, (i8x16)(bytes >> 4)), odd);
-  }
-
-  template <int M>
-  INLINE void products(const FP4& w, int64_t expert, int64_t r, const float* x, float* y) {
-    const uint8_t* row = w.weight + (expert * w.n + r) * w.k / 2;
-    const uint8_t* scale = w.scale + (expert * w.n + r) * w.k / 32;
-    f32x16 total[M] = {};
-    for (int64_t g = 0; g < w.k / 32; g++) {
-      f32x16 even, odd;
-      doubled(row + 16 * g, even, odd);
-      float s = power_of_two(scale[g]) * 0.5f;
-      for (int m = 0; m < M; m++) {
-        const float* own = x + m * w.k + LANES * g;
-        total[m] += (load(own) * even + load(own + w.k / 2) * odd) * s;
-      }
-    }
-    for (int m = 0; m < M; m++) y[m] = sum(total[m]);
-  }
-};
 
 struct Group {
   int64_t expert, first, rows;
@@ -147,12 +32,12 @@ std::vector<Group> split(const int64_t* group_sizes, int64_t n_experts) {
 
 // One weight row of a quantised format, widened in registers.
 template <int M, typename W>
-INLINE void row(const W& w, const float* x, float* out, const Group& g, int64_t r) {
+INLINE void row(const W& w, const float* x, float* scales, float* out, const Group& g, int64_t r) {
   if constexpr (M > 1) {
-    if (g.rows < M) return row<M - 1>(w, x, out, g, r);
+    if (g.rows < M) return row<M - 1>(w, x, scales, out, g, r);
   }
   float y[M];
-  W::template products<M>(w, g.expert, r, x, y);
+  products<M>(w, g.expert, r, x, scales, y);
   for (int m = 0; m < M; m++) out[m * w.n] = y[m];
 }
 
@@ -202,27 +87,30 @@ INLINE void panel(const float* x, const T* w, int64_t k, int64_t rows, float* ou
 template <typename V, int M, int N, typename W>
 INLINE void panels(const W& w, const float* x, float* out, const Group* groups, int64_t begin,
                    int64_t end) {
-  std::vector<float> wide(W::IS_QUANTISED ? N * w.k : 0);
   int64_t each = (w.n + N - 1) / N, k = w.k;
+  std::vector<float> wide(W::IS_QUANTISED ? N * k : 0), scales(W::IS_QUANTISED ? k / CHANNELS : 0);
   for (int64_t i = begin; i < end; i++) {
     const Group& g = groups[i / each];
     int64_t r = i % each * N, last = std::min(r + N, w.n);
     const float* rows = x + g.first * k;
     float* to = out + g.first * w.n;
-    if constexpr (W::IS_QUANTISED && std::is_same_v<V, f32x16>) {
-      if (g.rows <= M) {
-        for (; r < last; r++) row<M>(w, rows, to + r, g, r);
-        continue;
+    if constexpr (W::IS_QUANTISED) {
+      if (std::is_same_v<V, f32x16> && g.rows <= M) {
+        for (; r < last; r++) row<M>(w, rows, scales.data(), to + r, g, r);
+      } else if (last - r == N) {
+        const float* weight = widened<V>(w, g.expert, r, N, scales.data(), wide.data());
+        panel<V, M, N>(rows, weight, k, g.rows, to + r, w.n, 0);
+      } else {
+        for (; r < last; r++) {
+          const float* weight = widened<V>(w, g.expert, r, 1, scales.data(), wide.data());
+          panel<V, M, 1>(rows, weight, k, g.rows, to + r, w.n, 0);
+        }
       }
-    }
-    if (g.rows > (W::IS_QUANTISED ? M : LINEAR) && last - r == N) {
-      const auto* weight = W::template widened<V>(w, g.expert, r, N, wide.data());
-      panel<V, M, N>(rows, weight, k, g.rows, to + r, w.n, W::IS_QUANTISED ? 0 : N * k);
+    } else if (g.rows > LINEAR && last - r == N) {
+      panel<V, M, N>(rows, w.row(g.expert, r), k, g.rows, to + r, w.n, N * k);
     } else {
-      for (; r < last; r++) {
-        const auto* weight = W::template widened<V>(w, g.expert, r, 1, wide.data());
-        panel<V, M, 1>(rows, weight, k, g.rows, to + r, w.n, W::IS_QUANTISED ? 0 : AHEAD);
-      }
+      for (; r < last; r++)
+        panel<V, M, 1>(rows, w.row(g.expert, r), k, g.rows, to + r, w.n, AHEAD);
     }
   }
 }
@@ -239,6 +127,16 @@ CLONES void narrow_panels(W w, const float* x, float* out, const Group* groups, 
   panels<Pair, NARROW, 1>(w, x, out, groups, begin, end);
 }
 
+AVX512 void wide_rows(FP8 x, int64_t begin, int64_t end, float* out) {
+  std::vector<float> scales(x.k / CHANNELS);
+  widened<f32x16>(x, 0, begin, end - begin, scales.data(), out + begin * x.k);
+}
+
+CLONES void narrow_rows(FP8 x, int64_t begin, int64_t end, float* out) {
+  std::vector<float> scales(x.k / CHANNELS);
+  widened<Pair>(x, 0, begin, end - begin, scales.data(), out + begin * x.k);
+}
+
 template <typename W>
 void grouped(W w, const float* x, const int64_t* group_sizes, int64_t n_experts, float* out) {
   std::vector<Group> groups = split(group_sizes, n_experts);
@@ -253,45 +151,90 @@ void grouped(W w, const float* x, const int64_t* group_sizes, int64_t n_experts,
   });
 }
 
+CLONES void widen_part(const bf16* x, int64_t begin, int64_t end, float* out) {
+  widen(x + begin, end - begin, out + begin);
+}
+
+CLONES void round_part(const float* y, int64_t begin, int64_t end, bf16* out) {
+  int64_t i = begin;
+  for (; i + LANES <= end; i += LANES) store(out + i, load(y + i));
+  for (; i < end; i++) put(out + i, y[i]);
+}
+
+// Memory whose contents are all written before they are read.
+std::unique_ptr<float[]> room(int64_t n) { return std::unique_ptr<float[]>(new float[n]); }
+
+// Activations in fp32, in `own` if they come in another format.
+const float* widened_rows(const void* x, int64_t n, int64_t is_bf16,
+                          std::unique_ptr<float[]>& own) {
+  if (!is_bf16) return (const float*)x;
+  own = room(n);
+  float* to = own.get();
+  parallel(n, 1, [=](int64_t begin, int64_t end) { widen_part((const bf16*)x, begin, end, to); });
+  return to;
+}
+
+// Multiply into `out` [n_rows, n], which may be of bf16.
+template <typename W>
+void multiply(W w, const float* x, const int64_t* group_sizes, int64_t n_experts, int64_t n_rows,
+              void* out, int64_t is_bf16) {
+  if (!is_bf16) return grouped(w, x, group_sizes, n_experts, (float*)out);
+  std::unique_ptr<float[]> wide = room(n_rows * w.n);
+  float* y = wide.get();
+  grouped(w, x, group_sizes, n_experts, y);
+  parallel(n_rows * w.n, 1,
+           [=](int64_t begin, int64_t end) { round_part(y, begin, end, (bf16*)out); });
+}
+
+// e4m3 activations with a scale for each group of channels, as floats in the weights' order.
+std::unique_ptr<float[]> widened_fp8(const uint8_t* values, const uint8_t* scale, int64_t rows,
+                                     int64_t k, int64_t group) {
+  FP8 x{values, scale, rows, k, 1, group, rows, 0};
+  std::unique_ptr<float[]> wide = room(rows * k);
+  float* out = wide.get();
+  bool is_wide = has_avx512();
+  parallel(rows, k, [=](int64_t begin, int64_t end) {
+    if (is_wide)
+      wide_rows(x, begin, end, out);
+    else
+      narrow_rows(x, begin, end, out);
+  });
+  return wide;
+}
+
 }  // namespace
 
 extern "C" {
 
 int64_t has_wide_vectors() { return has_avx512(); }
 
-void gemv_plain(const float* x, const void* weight, const int64_t* group_sizes, float* out,
-                int64_t n_experts, int64_t n, int64_t k, int64_t weight_is_bf16) {
+// Rows of activations [n_rows, k], those of one expert behind those of another.
+void gemv_plain(const void* x, const void* weight, const int64_t* group_sizes, void* out,
+                int64_t n_rows, int64_t n_experts, int64_t n, int64_t k, int64_t x_is_bf16,
+                int64_t weight_is_bf16, int64_t out_is_bf16) {
+  std::unique_ptr<float[]> own;
+  const float* wide = widened_rows(x, n_rows * k, x_is_bf16, own);
   if (weight_is_bf16)
-    grouped(Plain<bf16>{(const bf16*)weight, n, k}, x, group_sizes, n_experts, out);
+    multiply(Plain<bf16>{(const bf16*)weight, n, k}, wide, group_sizes, n_experts, n_rows, out,
+             out_is_bf16);
   else
-    grouped(Plain<float>{(const float*)weight, n, k}, x, group_sizes, n_experts, out);
+    multiply(Plain<float>{(const float*)weight, n, k}, wide, group_sizes, n_experts, n_rows, out,
+             out_is_bf16);
 }
 
-void gemv_fp8(const float* x, const uint8_t* weight, const void* scale, const int64_t* group_sizes,
-              float* out, int64_t n_experts, int64_t n, int64_t k, int64_t rows, int64_t group,
-              int64_t n_scale_rows, int64_t scale_is_fp32) {
-  grouped(FP8{weight, scale, n, k, rows, group, n_scale_rows, scale_is_fp32}, x, group_sizes,
-          n_experts, out);
+void gemv_fp8(const uint8_t* x, const uint8_t* x_scale, const uint8_t* weight, const void* scale,
+              const int64_t* group_sizes, void* out, int64_t n_rows, int64_t n_experts, int64_t n,
+              int64_t k, int64_t x_group, int64_t rows, int64_t group, int64_t n_scale_rows,
+              int64_t scale_is_fp32, int64_t out_is_bf16) {
+  std::unique_ptr<float[]> wide = widened_fp8(x, x_scale, n_rows, k, x_group);
+  multiply(FP8{weight, scale, n, k, rows, group, n_scale_rows, scale_is_fp32}, wide.get(),
+           group_sizes, n_experts, n_rows, out, out_is_bf16);
 }
 
-void gemv_fp4(const float* x, const uint8_t* weight, const uint8_t* scale,
-              const int64_t* group_sizes, float* out, int64_t n_experts, int64_t n, int64_t k) {
-  grouped(FP4{weight, scale, n, k}, x, group_sizes, n_experts, out);
-}
-
-// e4m3 values with a scale for each group of channels, as floats; with `is_split` the even channels
-// of a row before its odd ones.
-void widen_fp8(const uint8_t* values, const uint8_t* scale, float* out, int64_t rows, int64_t k,
-               int64_t group, int64_t is_split) {
-  for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < k; i += LANES) {
-      float wide[LANES];
-      store(wide, from_e4m3(values + r * k + i) * power_of_two(scale[(r * k + i) / group]));
-      for (int64_t j = 0; j < LANES; j++) {
-        int64_t at = is_split ? (j % 2) * k / 2 + (i + j) / 2 : i + j;
-        out[r * k + at] = wide[j];
-      }
-    }
-  }
+void gemv_fp4(const uint8_t* x, const uint8_t* x_scale, const uint8_t* weight,
+              const uint8_t* scale, const int64_t* group_sizes, void* out, int64_t n_rows,
+              int64_t n_experts, int64_t n, int64_t k, int64_t x_group, int64_t out_is_bf16) {
+  std::unique_ptr<float[]> wide = widened_fp8(x, x_scale, n_rows, k, x_group);
+  multiply(FP4{weight, scale, n, k}, wide.get(), group_sizes, n_experts, n_rows, out, out_is_bf16);
 }
 }
