@@ -2,15 +2,17 @@
 
 import ctypes
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from v4_ascend.backends.cpu.compiled import library
-from v4_ascend.ops import act_quant, grouped_gemm
+from v4_ascend.backends.cpu.compiled import attention
+from v4_ascend.ops import act_quant, grouped_gemm, index_select
 from v4_ascend.ops.formats import E8M0
 
-CSRC = library.__file__.replace("library.py", "csrc/gemv.cpp")
+CSRC = Path(library.__file__).parent / "csrc"
 SIZES = (0, 1, 2, 3, 5, 0, 8, 64, 65, 130)
 N, K = 128, 256
 
@@ -19,7 +21,8 @@ N, K = 128, 256
 def narrow(tmp_path_factory):
     out = tmp_path_factory.mktemp("narrow") / "narrow.so"
     how = ["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi", "-fPIC", "-shared", "-DNO_AVX512"]
-    subprocess.run(["g++", *how, CSRC, "-o", out], check=True)
+    sources = (CSRC / name for name in ("gemv.cpp", "indexer.cpp"))
+    subprocess.run(["g++", *how, *sources, "-o", out], check=True)
     return ctypes.CDLL(str(out))
 
 
@@ -78,3 +81,23 @@ def test_quantised_products(narrow, rows, is_fp4, dtype):
         )  # fmt: skip
     near = {"rtol": 8e-3 if is_bf16 else 1e-5, "atol": 1e-5 * float(right.abs().max())}
     torch.testing.assert_close(out.float(), right, **near)
+
+
+PLAIN_ROWS = [case for case in index_select.cases() if case.id.startswith(("fp32", "bf16"))]
+
+
+@pytest.mark.parametrize("case", PLAIN_ROWS, ids=lambda case: case.id)
+def test_choices(narrow, monkeypatch, case):
+    inputs = case.make(torch.Generator().manual_seed(0))
+    took = []
+
+    def call(*args):
+        took.append(args)
+        types = [library._TYPES[t] for t in "ppppiippiiiiipi"]
+        narrow.index_select(*(make(a) for make, a in zip(types, args, strict=True)))
+
+    monkeypatch.setattr(attention, "_index_select", call)
+    got = attention.index_select_compiled(**inputs)
+    assert took
+    canonical = index_select.canonical
+    assert torch.equal(canonical(got), canonical(index_select.reference(**inputs)))

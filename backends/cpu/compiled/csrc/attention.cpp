@@ -1,45 +1,7 @@
-// Attention of single tokens: gathered rows, the indexer's choice among them, and their making.
-#include "simd.h"
+// Attention of single tokens to gathered rows, and the making of compressed ones.
+#include "pages.h"
 
 namespace {
-
-// One request's part of a step: tokens [begin, end) of the batch, the first at position `start`.
-struct Span {
-  int64_t begin, end, start;
-
-  int64_t stop() const { return start + end - begin; }
-};
-
-Span span_of(const int32_t* seq_lens, const int32_t* cu_seqlens, int64_t request) {
-  int64_t begin = cu_seqlens[request], end = cu_seqlens[request + 1];
-  return {begin, end, seq_lens[request] - (end - begin)};
-}
-
-struct Token {
-  int64_t request, position;
-};
-
-std::vector<Token> tokens_of(const int32_t* seq_lens, const int32_t* cu_seqlens, int64_t batch) {
-  std::vector<Token> tokens;
-  for (int64_t r = 0; r < batch; r++) {
-    Span s = span_of(seq_lens, cu_seqlens, r);
-    for (int64_t t = s.begin; t < s.end; t++) tokens.push_back({r, s.start + t - s.begin});
-  }
-  return tokens;
-}
-
-// A paged cache of plain rows.
-template <typename T>
-struct Pages {
-  const T* storage;
-  const int32_t* table;
-  int64_t n_blocks, block_rows, dim;
-
-  const T* row(int64_t request, int64_t r) const {
-    int64_t block = table[request * n_blocks + r / block_rows];
-    return storage + (block * block_rows + r % block_rows) * dim;
-  }
-};
 
 template <typename T>
 struct Attention {
@@ -177,69 +139,6 @@ CLONES void masked_softmaxes(float* scores, const uint8_t* is_visible, const flo
   }
 }
 
-// sum_h relu(q_h . k) w_h of one row; every step is rounded as Q stores it.
-template <typename Q>
-INLINE float row_score(const float* q, const float* weights, const Q* key, int64_t heads,
-                       int64_t dim) {
-  float total = 0.0f, s[HEADS];
-  for (int64_t h = 0; h < heads; h += HEADS) {
-    int64_t here = std::min(HEADS, heads - h);
-    if (here == HEADS)
-      dots<HEADS>(q + h * dim, dim, key, dim, s);
-    else
-      for (int64_t j = 0; j < here; j++) s[j] = dot(q + (h + j) * dim, key, dim);
-    for (int64_t j = 0; j < here; j++)
-      total += rounded<Q>(std::max(rounded<Q>(s[j]), 0.0f) * weights[h + j]);
-  }
-  return rounded<Q>(total);
-}
-
-template <typename Q>
-CLONES void score_rows(const Pages<Q>& keys, const float* q, const float* weights, int64_t request,
-                       int64_t heads, int64_t begin, int64_t end, float* out) {
-  for (int64_t r = begin; r < end; r++) {
-    float s = row_score(q, weights, keys.row(request, r), heads, keys.dim);
-    out[r] = std::isnan(s) ? INFINITY : s;  // torch's top-k takes it for the largest, too
-  }
-}
-
-// The `topk` rows of highest score, ascending, ties to the lower row; -1 behind them.
-void choose(const float* score, int64_t n, int64_t topk, int32_t* ids) {
-  int64_t found = 0;
-  if (n <= topk) {
-    for (; found < n; found++) ids[found] = int32_t(found);
-  } else {
-    std::vector<float> order(score, score + n);
-    std::nth_element(order.begin(), order.begin() + topk - 1, order.end(), std::greater<float>());
-    float threshold = order[topk - 1];
-    int64_t above = std::count_if(score, score + n, [=](float s) { return s > threshold; });
-    int64_t vacant = topk - above;
-    for (int64_t r = 0; r < n; r++)
-      if (score[r] > threshold || (score[r] == threshold && vacant-- > 0)) ids[found++] = int32_t(r);
-  }
-  std::fill(ids + found, ids + topk, -1);
-}
-
-template <typename Q>
-void select_rows(const Pages<Q>& keys, const std::vector<Token>& tokens, const Q* q,
-                 const Q* weights, int64_t heads, int64_t ratio, int64_t topk, int32_t* ids) {
-  int64_t n_tokens = int64_t(tokens.size()), width = heads * keys.dim;
-  std::vector<float> wide(n_tokens * width), wide_weights(n_tokens * heads);
-  widen(q, n_tokens * width, wide.data());
-  widen(weights, n_tokens * heads, wide_weights.data());
-  std::vector<float> scores;
-  for (int64_t t = 0; t < n_tokens; t++) {
-    int64_t seen = (tokens[t].position + 1) / ratio;
-    scores.resize(seen);
-    const float *own = wide.data() + t * width, *w = wide_weights.data() + t * heads;
-    float* out = scores.data();
-    parallel(seen, width, [&](int64_t begin, int64_t end) {
-      score_rows(keys, own, w, tokens[t].request, heads, begin, end, out);
-    });
-    choose(out, seen, topk, ids + t * topk);
-  }
-}
-
 // What one compressed row is made of, for each of its tokens.
 struct Part {
   const float *kv, *score;
@@ -307,19 +206,6 @@ void masked_softmax(float* scores, const uint8_t* is_visible, const float* sink,
     else
       masked_softmaxes<float>(scores, is_visible, sink, scale, heads, n, divisor, begin, end);
   });
-}
-
-void index_select(const void* q, const void* weights, const void* storage, const int32_t* table,
-                  int64_t blocks, int64_t rows, const int32_t* seq_lens, const int32_t* cu_seqlens,
-                  int64_t batch, int64_t heads, int64_t dim, int64_t ratio, int64_t topk,
-                  int32_t* ids, int64_t is_bf16) {
-  std::vector<Token> tokens = tokens_of(seq_lens, cu_seqlens, batch);
-  if (is_bf16)
-    select_rows(Pages<bf16>{(const bf16*)storage, table, blocks, rows, dim}, tokens, (const bf16*)q,
-                (const bf16*)weights, heads, ratio, topk, ids);
-  else
-    select_rows(Pages<float>{(const float*)storage, table, blocks, rows, dim}, tokens,
-                (const float*)q, (const float*)weights, heads, ratio, topk, ids);
 }
 
 // Pool the groups that a step completes into `pooled`, packed by request, and carry what later
