@@ -52,7 +52,6 @@ __all__ = [
     "int8_act_quant",
     "int8_gemm",
     "linear",
-    "linear",
     "moe_combine",
     "moe_dispatch",
     "moe_permute",

@@ -81,11 +81,70 @@ def fp4_act_quant(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
     return formats.pack_fp4(codes.flatten(-2)), scale
 
 
-def fp8_round_trip(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return what an FP8 cache would give back: quantised and dequantised, dtype of `x`."""
-    return formats.dequantize_groups(*act_quant(x, group_size)).to(x.dtype)
+def _round_trip_inputs(
+    g: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype, more: dict[str, Any]
+) -> dict[str, Any]:
+    return _inputs(g, shape, 1, dtype) | more
 
 
+def _round_trip_cases(
+    shapes: tuple[tuple[int, ...], ...], named: dict[str, dict[str, Any]]
+) -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in shapes:
+            for name, more in named.items():
+                make = partial(_round_trip_inputs, shape=shape, dtype=dtype, more=more)
+                yield Case(
+                    f"{str(dtype).removeprefix('torch.')}-{'x'.join(map(str, shape))}-{name}",
+                    make,
+                    models=BOTH if shape[0] == 64 else (),
+                )
+
+
+@op(
+    cases=partial(
+        _round_trip_cases,
+        ((0, 128), (1, 192), (3, 2, 128), (64, 512)),
+        {"g64": {"group_size": 64, "n_kept": 0}, "g64-keeps64": {"group_size": 64, "n_kept": 64}},
+    ),
+    tolerance={},
+)
+def fp8_round_trip(x: torch.Tensor, group_size: int, n_kept: int) -> torch.Tensor:
+    """Return what an FP8 cache would give back: quantised and dequantised, dtype of `x`.
+
+    The last `n_kept` channels of a row stay as they are: those that are rotated.
+
+    Shapes:
+        x       [..., n]  bf16 or fp32, n - n_kept a multiple of group_size
+        return  the same
+
+    Raises:
+        ValueError: group_size does not divide n - n_kept.
+
+    Source: DeepSeek-V4 inference/model.py, act_quant of kv in place.
+    """
+    rounded, kept = x.split((x.shape[-1] - n_kept, n_kept), -1)
+    back = formats.dequantize_groups(*act_quant.reference(rounded, group_size)).to(x.dtype)
+    return torch.cat((back, kept), dim=-1) if n_kept else back
+
+
+@op(
+    cases=partial(
+        _round_trip_cases, ((0, 64), (1, 32), (3, 2, 64), (64, 128)), {"g32": {"group_size": 32}}
+    ),
+    tolerance={},
+)
 def fp4_round_trip(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Return what an FP4 cache would give back: quantised and dequantised, dtype of `x`."""
-    return formats.dequantize_fp4(*fp4_act_quant(x, group_size), group=group_size).to(x.dtype)
+    """Return what an FP4 cache would give back: quantised and dequantised, dtype of `x`.
+
+    Shapes:
+        x       [..., n]  bf16 or fp32, n a multiple of group_size (32)
+        return  the same
+
+    Raises:
+        ValueError: group_size does not divide n.
+
+    Source: DeepSeek-V4 inference/model.py, fp4_act_quant of the indexer in place.
+    """
+    back = formats.dequantize_fp4(*fp4_act_quant.reference(x, group_size), group=group_size)
+    return back.to(x.dtype)

@@ -203,7 +203,7 @@ def moe_dispatch(
     """
     if n_experts % group.size:
         raise ValueError(f"ep_size ({group.size}) must divide n_routed_experts ({n_experts})")
-    all_x = group.all_gather(fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x)
+    all_x = group.all_gather(fp8_round_trip(x, DISPATCH_GROUP, 0) if fp8 else x)
     all_ids = torch.cat(list(group.all_gather(ids)))
     all_weights = torch.cat(list(group.all_gather(weights)))
     local = n_experts // group.size

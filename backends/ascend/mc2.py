@@ -99,7 +99,7 @@ def distribute_dispatch(
     if group not in _proven:
         _prove_order(x, ids, source, tokens_per_rank, n_experts, group)
     # The operator's own quantised modes have other scales; rounded rows travel as they are.
-    x = fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x
+    x = fp8_round_trip(x, DISPATCH_GROUP, 0) if fp8 else x
     rows, sizes, dispatched = _dispatch(x, ids, tokens_per_rank, n_experts, group)
     prepared.keep(source, "mc2", dispatched)
     return rows[: len(source)], row_weights, sizes, source, tokens_per_rank

@@ -81,7 +81,7 @@ def gather_and_route(
     """Gather every rank's tokens and sort those of this rank's experts."""
     if n_experts % group.size:
         raise ValueError(f"ep_size ({group.size}) must divide n_routed_experts ({n_experts})")
-    parts = list(group.all_gather(fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x))
+    parts = list(group.all_gather(fp8_round_trip(x, DISPATCH_GROUP, 0) if fp8 else x))
     everyone, all_ids = torch.cat(parts), torch.cat(list(group.all_gather(ids)))
     row_weights = torch.cat(list(group.all_gather(weights))).flatten()
     local = n_experts // group.size

@@ -23,7 +23,10 @@ A2, A3, A5 = "a2", "a3", "950"
 CHIPS = (A2, A3, A5)
 NARROW_CHIPS = (A5,)  # that compute in fp8 and fp4
 # Which need such a chip.
-NARROW_OPS = ("act_quant", "fp4_act_quant", "swiglu_act_quant", "fp8_gemm", "fp4_gemm")
+NARROW_OPS = (
+    *("act_quant", "fp4_act_quant", "swiglu_act_quant", "fp8_gemm", "fp4_gemm"),
+    *("fp8_round_trip", "fp4_round_trip"),
+)
 WHOLE = ("expert_layer",)  # where no kernel takes them, models call their parts
 PROVIDERS = ("_C_ascend", "torch_npu", "triton", "torch")  # the order in which they are tried
 # What users, tools and torch_npu call a chip: Atlas A2, Ascend910B3, 910_9391, ascend-950dt-96.

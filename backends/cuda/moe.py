@@ -144,7 +144,7 @@ def moe_dispatch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As the op `moe_dispatch`, in a group of one rank."""
     source, group_sizes = _ordered(ids, n_experts)
-    x = fp8_round_trip(x, DISPATCH_GROUP) if fp8 else x
+    x = fp8_round_trip(x, DISPATCH_GROUP, 0) if fp8 else x
     rows, row_weights = _taken(x, weights, source, ids.shape[1])
     return rows, row_weights, group_sizes, source, torch.tensor([len(x)])
 

@@ -52,6 +52,8 @@ MINDSPORE = Backend(
         "linear": "one plain product, which torch's CPU device makes",
         "heads_gemm": "one plain product of a batch of matrices, which torch's CPU device makes",
         "hadamard": "the indexer's rotation is part of the FP4 simulation, which torch does",
+        "fp8_round_trip": "the FP8 simulation of a cache, which torch does",
+        "fp4_round_trip": "the FP4 simulation of a cache; MindSpore has no FP4 type",
         "store_rows": _MOVES,
         "moe_permute": _MOVES,
         "moe_unpermute": _MOVES,

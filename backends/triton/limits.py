@@ -51,6 +51,12 @@ def _why_not_quant(x: torch.Tensor, group_size: int) -> str | None:
     return _stream(x=x) or _power_of_two("group_size", group_size, 2)
 
 
+def _why_not_kept(x: torch.Tensor, group_size: int, n_kept: int) -> str | None:
+    if (x.shape[-1] - n_kept) % group_size:
+        return f"{x.shape[-1] - n_kept} channels are no multiple of group_size {group_size}"
+    return _stream(x=x) or _power_of_two("group_size", group_size, 2)
+
+
 def _why_not_swiglu_quant(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> str | None:
     return _stream(x=x) or _depth(x.shape[1] // 2)
 
@@ -154,6 +160,8 @@ MODULES: dict[str, dict[str, Any]] = {
     "quant": {
         "act_quant": _why_not_quant,
         "fp4_act_quant": _why_not_quant,
+        "fp8_round_trip": _why_not_kept,
+        "fp4_round_trip": _why_not_quant,
         "swiglu_act_quant": _why_not_swiglu_quant,
     },
     "hyper_connection": {"hc_pre": _any_stream, "hc_post": _any_stream, "hc_head": _any_stream},

@@ -141,6 +141,56 @@ def fp4_act_quant(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
 
 
 @triton.jit
+def _fp8_round_trip(
+    x, out, n_groups, per_row, n, n_rounded, GROUPS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
+    col = (group % per_row)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    at = (group // per_row)[:, None] * n + col
+    mask = (group < n_groups)[:, None] & (col < n)
+    wide = tl.load(x + at, mask, 0.0).to(tl.float32)
+    byte = fp8_scale_byte(tl.max(tl.abs(wide), 1))
+    code = float_to_e4m3(wide * inverse_of_e8m0(byte)[:, None])
+    back = e4m3_to_half(code).to(tl.float32) * e8m0_to_float(byte)[:, None]
+    tl.store(out + at, tl.where(col < n_rounded, back, wide).to(out.dtype.element_ty), mask)
+
+
+def fp8_round_trip(x: torch.Tensor, group_size: int, n_kept: int) -> torch.Tensor:
+    """As the op `fp8_round_trip`."""
+    x = x.contiguous()
+    out, n = torch.empty_like(x), x.shape[-1]
+    if x.numel():
+        per_row, groups = triton.cdiv(n, group_size), 16
+        n_groups = x.numel() // n * per_row
+        _fp8_round_trip[(triton.cdiv(n_groups, groups),)](
+            x, out, n_groups, per_row, n, n - n_kept, groups, group_size
+        )
+    return out
+
+
+@triton.jit
+def _fp4_round_trip(x, out, n_groups, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    group = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)).to(tl.int64)
+    at = group[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    mask = (group < n_groups)[:, None]
+    wide = tl.load(x + at, mask, 0.0).to(tl.float32)
+    byte = fp4_scale_byte(tl.max(tl.abs(wide), 1))
+    code = float_to_e2m1(wide * inverse_of_e8m0(byte)[:, None])
+    back = e2m1_to_float(code) * e8m0_to_float(byte)[:, None]
+    tl.store(out + at, back.to(out.dtype.element_ty), mask)
+
+
+def fp4_round_trip(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """As the op `fp4_round_trip`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if n_groups := x.numel() // group_size:
+        groups = 16
+        _fp4_round_trip[(triton.cdiv(n_groups, groups),)](x, out, n_groups, groups, group_size)
+    return out
+
+
+@triton.jit
 def _swiglu_act_quant(
     x, weight, values, scales, inter_dim, limit,
     HAS_WEIGHT: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,

@@ -334,6 +334,16 @@ def _turns_forward(right, x, cos, sin):
     return right(x, cos, -sin)
 
 
+@_fault("fp8_round_trip")
+def _rounds_what_is_kept(right, x, group_size, n_kept):
+    return right(x, group_size, 0)
+
+
+@_fault("fp4_round_trip")
+def _rounds_ties_up(right, x, group_size):
+    return right(x * (1 + 2**-7), group_size)
+
+
 @_fault("hadamard")
 def _does_not_scale(right, x):
     return right(x) * x.shape[-1] ** 0.5

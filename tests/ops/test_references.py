@@ -13,7 +13,7 @@ rms_norm head_rms_norm rope rope_inverse hadamard act_quant fp4_act_quant fp8_ge
 fp4_gemm grouped_gemm heads_gemm linear compress_kv index_scores index_topk index_select sparse_attn
 hc_pre hc_post hc_head topk_gate hash_gate swiglu swiglu_act_quant moe_permute moe_unpermute
 moe_dispatch moe_combine sample store_rows int8_act_quant int8_gemm grouped_int8_gemm
-grouped_int8_gemm_swiglu rms_norm_int8 expert_layer new_rows
+grouped_int8_gemm_swiglu rms_norm_int8 expert_layer new_rows fp8_round_trip fp4_round_trip
 """
 
 

@@ -174,7 +174,4 @@ class Attention:
         """Round what is not rotated to FP8, as the model was trained."""
         if not self.cache_sim:
             return kv
-        nope, rotated = kv.split(
-            (kv.shape[-1] - self.config.rope_head_dim, self.config.rope_head_dim), -1
-        )
-        return torch.cat((fp8_round_trip(nope, KV_GROUP), rotated), dim=-1)
+        return fp8_round_trip(kv, KV_GROUP, self.config.rope_head_dim)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import function, is_bf16, pointer, why_not
+from v4_ascend.backends.cpu.compiled.library import MISSING, function, is_bf16, pointer, why_not
 from v4_ascend.backends.cpu.compiled.rows import swiglu_compiled
-from v4_ascend.ops import act_quant, fp4_act_quant, swiglu_act_quant
+from v4_ascend.ops import (
+    act_quant,
+    fp4_act_quant,
+    fp4_round_trip,
+    fp8_round_trip,
+    hadamard,
+    swiglu_act_quant,
+)
 from v4_ascend.ops.formats import E8M0, FP8
 from v4_ascend.ops.gemm import ACT_GROUP
 
 _act_quant = function("act_quant", "pppiii")
 _fp4_act_quant = function("fp4_act_quant", "pppiii")
+_fp8_round_trip = function("fp8_round_trip", "ppiiiii")
+_fp4_round_trip = function("fp4_round_trip", "ppiii")
+_hadamard = function("hadamard", "ppiii")
 LANES = 16  # channels that csrc/quant.cpp takes at once
 
 
@@ -41,6 +51,47 @@ def fp4_act_quant_compiled(x: torch.Tensor, group_size: int) -> tuple[torch.Tens
     arrays = map(pointer, (x, packed, scale))
     _fp4_act_quant(*arrays, scale.numel(), group_size, is_bf16(x))
     return packed, scale
+
+
+def _why_not_kept(x: torch.Tensor, group_size: int, n_kept: int) -> str | None:
+    if group_size % LANES or (x.shape[-1] - n_kept) % group_size:
+        return f"groups of {group_size} in {x.shape[-1] - n_kept} channels"
+    return why_not(x)
+
+
+@fp8_round_trip.kernel("cpu", provider="c++", why_not=_why_not_kept)
+def fp8_round_trip_compiled(x: torch.Tensor, group_size: int, n_kept: int) -> torch.Tensor:
+    """Round and widen a group while it is near."""
+    x = x.contiguous()
+    out, n = torch.empty_like(x), x.shape[-1]
+    if n:
+        _fp8_round_trip(pointer(x), pointer(out), x.numel() // n, n, n_kept, group_size, is_bf16(x))
+    return out
+
+
+@fp4_round_trip.kernel("cpu", provider="c++", why_not=_why_not)
+def fp4_round_trip_compiled(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Add up the steps between e2m1 values that lie below each channel."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _fp4_round_trip(pointer(x), pointer(out), x.numel() // group_size, group_size, is_bf16(x))
+    return out
+
+
+def _why_not_rotated(x: torch.Tensor) -> str | None:
+    n = x.shape[-1]
+    if MISSING is None and (n & (n - 1) or n < LANES):
+        return f"rows of {n}, not a power of two from {LANES}"
+    return why_not(x)
+
+
+@hadamard.kernel("cpu", provider="c++", why_not=_why_not_rotated)
+def hadamard_compiled(x: torch.Tensor) -> torch.Tensor:
+    """Add and subtract in log2(n) passes, in place of n sums of n."""
+    x = x.contiguous()
+    out, n = torch.empty_like(x), x.shape[-1]
+    _hadamard(pointer(x), pointer(out), x.numel() // n, n, is_bf16(x))
+    return out
 
 
 def _why_not_swiglu(x: torch.Tensor, limit: float, weight: torch.Tensor | None) -> str | None:

@@ -115,6 +115,7 @@ def test_plain_torch_is_counted_honestly():
     assert soc.plain_only("a2") == soc.plain_only("a3") == ["linear", "sample"]
     assert sorted(soc.plain_only("950")) == sorted(
         [*by_triton, "linear", "sample", "act_quant", "fp4_act_quant"]
+        + ["fp8_round_trip", "fp4_round_trip"]
     )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from v4_ascend.backends.cpu.compiled import library
-from v4_ascend.backends.cpu.compiled import attention
+from v4_ascend.backends.cpu.compiled import attention, library
 from v4_ascend.ops import act_quant, grouped_gemm, index_select
 from v4_ascend.ops.formats import E8M0
 
