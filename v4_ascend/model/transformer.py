@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.model.batch import Batch, LayerCache
@@ -82,7 +83,7 @@ class Transformer:
             raise ValueError("only the first stage embeds, and one that drafts")
         tp = self.shard.tp
         if tp.size == 1:
-            return self.embed[ids]
+            return F.embedding(ids, self.embed)
         n = len(self.embed)
         local = ids - tp.rank * n
         is_here = (local >= 0) & (local < n)
@@ -117,7 +118,8 @@ class Transformer:
         if streams is not None:
             x = streams
         elif own is not None:
-            x = self.embedded(own.input_ids).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+            x = self.embedded(own.input_ids).unsqueeze(1)
+            x = x.expand(-1, self.config.hc_mult, -1).contiguous()
         else:
             x = self.no_streams()
         for layer, block in enumerate(self.layers):

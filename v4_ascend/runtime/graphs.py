@@ -20,6 +20,7 @@ from v4_ascend.backends.cpu.recorder import record_calls
 from v4_ascend.errors import ParityError
 from v4_ascend.model.batch import Batch, overwrite
 from v4_ascend.model.transformer import Transformer
+from v4_ascend.runtime.decode_layout import DecodeLayout
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 
 WARM_UPS = 2  # runs before a capture: kernels compile, libraries choose theirs
@@ -59,7 +60,7 @@ def recorder_of(device: torch.device) -> Recorder:
 
 @dataclass(frozen=True)
 class _Captured:
-    batch: Batch
+    fill: Callable[[Sequence[Chunk]], None]  # lays out a step where the captured one lies
     streams: torch.Tensor
     replay: Callable[[], None]
 
@@ -78,9 +79,9 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, bool], _Captured] = {}
         config = model.config
         has_indexer = 4 in config.compress_ratios
-        may_ask = has_indexer and cache.max_model_len // 4 > config.index_topk
+        self._may_ask = has_indexer and cache.max_model_len // 4 > config.index_topk
         for size in reversed(self._sizes):  # the largest first: smaller ones fit its memory
-            for is_asked in (False, True) if may_ask else (False,):
+            for is_asked in (False, True) if self._may_ask else (False,):
                 self._captured[size, is_asked] = self._capture(size, recorder, is_asked=is_asked)
 
     def __len__(self) -> int:
@@ -96,11 +97,10 @@ class DecodeGraphs:
         if size is None or any(len(c.token_ids) != 1 for c in chunks):
             return None
         repeated = [chunks[i % n] for i in range(size)]
-        batch = self._cache.layout(repeated)
-        csa = batch.compressed.get(4)
-        is_asked = csa is not None and csa.max_visible > self._model.config.index_topk
+        longest = max(c.start for c in chunks) + 1
+        is_asked = self._may_ask and longest // 4 > self._model.config.index_topk
         captured = self._captured[size, is_asked]
-        overwrite(captured.batch, batch)
+        captured.fill(repeated)
         captured.replay()
         return captured.streams[:n]
 
@@ -122,14 +122,20 @@ class DecodeGraphs:
             expected = self._run(self._cache.batch(other)).clone()
         batch = self._cache.batch(recorded)  # a new one: nothing is kept of its tensors yet
         streams, replay = recorder(partial(self._run, batch))
-        overwrite(batch, self._cache.layout(other))
+        fill = self._filling(batch)
+        fill(other)
         replay()
         if not torch.equal(streams, expected):
             worst = float((streams.float() - expected.float()).abs().max())
             raise ParityError(
                 f"a captured step of {size} sequences differs from the step itself by {worst:.3g}"
             )
-        return _Captured(batch, streams, replay)
+        return _Captured(fill, streams, replay)
+
+    def _filling(self, batch: Batch) -> Callable[[Sequence[Chunk]], None]:
+        if self._cache.device.type == "cpu":
+            return DecodeLayout(self._cache, batch).fill
+        return lambda chunks: overwrite(batch, self._cache.layout(chunks))
 
     def _run(self, batch: Batch) -> torch.Tensor:
         return self._model(batch, self._cache.layers)

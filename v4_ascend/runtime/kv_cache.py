@@ -84,6 +84,7 @@ class KVCache:
             )
         own = torch.arange(n_slots * self._max_pages, dtype=torch.int32) % self.n_pages
         self._pages = own.view(n_slots, self._max_pages)
+        self.n_placed = 0  # how often that changed
         ratios = config.compress_ratios[slice(*layers)]
         self.layers = [self._layer(ratio, kv_record, index_record) for ratio in ratios]
         self._snapshots = Snapshots.of(self.layers, n_snapshots)
@@ -95,7 +96,7 @@ class KVCache:
         window = kv.new_storage(n_ring, BLOCK_TOKENS, c.head_dim, self.device)
         if not ratio:
             return LayerCache(kv_record=kv_record, index_record=index_record, window=window)
-        n_blocks, rows = self.n_pages * self._blocks_per_page(ratio), self._block_rows(ratio)
+        n_blocks, rows = self.n_pages * self._blocks_per_page(ratio), self.block_rows(ratio)
         has_index = ratio == 4
         return LayerCache(
             kv_record=kv_record,
@@ -109,11 +110,12 @@ class KVCache:
             index_state=self._state(ratio, c.index_head_dim) if has_index else None,
         )
 
-    def _block_rows(self, ratio: int) -> int:
+    def block_rows(self, ratio: int) -> int:
+        """Return how many compressed rows a block has."""
         return max(BLOCK_TOKENS // ratio, self.min_page_rows)
 
     def _blocks_per_page(self, ratio: int) -> int:
-        return self.page_tokens // (self._block_rows(ratio) * ratio)
+        return self.page_tokens // (self.block_rows(ratio) * ratio)
 
     def _state(self, ratio: int, head_dim: int) -> torch.Tensor:
         overlaps = ratio == 4
@@ -122,7 +124,8 @@ class KVCache:
         return torch.zeros(self.n_slots, rows, width, device=self.device)
 
     @cached_property
-    def _freqs(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def freqs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles a position: of SWA layers, and of the others."""
         c = self.config
         yarn = {"factor": c.rope_factor, "beta_fast": c.beta_fast, "beta_slow": c.beta_slow}
         return rope_freqs(c.rope_head_dim, c.rope_theta), rope_freqs(
@@ -131,27 +134,29 @@ class KVCache:
 
     def place(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Give a slot pages, from its page number `first` on."""
+        self.n_placed += 1
         self._pages[slot, first : first + len(pages)] = torch.tensor(pages, dtype=torch.int32)
 
     def save(self, slot: int, n_tokens: int, snapshot: int) -> None:
         """Keep what the slot has beside its pages, which end after `n_tokens`."""
-        self._snapshots.save(self._ring_block(slot, n_tokens - 1), slot, snapshot)
+        self._snapshots.save(self.ring_block(slot, n_tokens - 1), slot, snapshot)
 
     def restore(self, slot: int, n_tokens: int, snapshot: int) -> None:
         """Put back what was kept at the end of a prefix of `n_tokens`."""
-        self._snapshots.restore(self._ring_block(slot, n_tokens - 1), slot, snapshot)
+        self._snapshots.restore(self.ring_block(slot, n_tokens - 1), slot, snapshot)
 
-    def _ring_block(self, slot: int, position: int) -> int:
+    def ring_block(self, slot: int, position: int) -> int:
+        """Return the block of a slot's window ring that holds a position."""
         return slot * self.ring_blocks + position // BLOCK_TOKENS % self.ring_blocks
 
     @cached_property
-    def _rings(self) -> torch.Tensor:
+    def rings(self) -> torch.Tensor:
         """Block tables of all slots' window rings."""
         slots = torch.arange(self.n_slots, dtype=torch.int32).unsqueeze(1)
         block = torch.arange(self.n_blocks, dtype=torch.int32)
         return slots * self.ring_blocks + block % self.ring_blocks
 
-    def _table(self, ratio: int, slots: torch.Tensor) -> torch.Tensor:
+    def table(self, ratio: int, slots: torch.Tensor) -> torch.Tensor:
         """Block tables of some slots' compressed rows."""
         n = self._blocks_per_page(ratio)
         blocks = self._pages[slots].unsqueeze(-1) * n + torch.arange(n, dtype=torch.int32)
@@ -177,11 +182,15 @@ class KVCache:
             ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
         """
         tokens = self._tokens(chunks)
-        rows = self._rows(tokens, tokens, self._freqs[1], new_rows.reference)
+        rows = self._rows(tokens, tokens, self.freqs[1], new_rows.reference)
         return replace(tokens, compressed=rows)
 
-    def _tokens(self, chunks: Sequence[Chunk]) -> Batch:
-        """Lay out a step's tokens, without the rows they complete."""
+    def require_room(self, chunks: Sequence[Chunk]) -> None:
+        """Require that chunks fit their sequences' caches.
+
+        Raises:
+            ValueError: a chunk is longer than max_chunk or ends behind max_model_len.
+        """
         for chunk in chunks:
             stop = chunk.start + len(chunk.token_ids)
             if len(chunk.token_ids) > self.max_chunk or stop > self.max_model_len:
@@ -189,13 +198,17 @@ class KVCache:
                     f"slot {chunk.slot}: tokens {chunk.start}..{stop} must be at most "
                     f"{self.max_chunk} and end by {self.max_model_len}"
                 )
+
+    def _tokens(self, chunks: Sequence[Chunk]) -> Batch:
+        """Lay out a step's tokens, without the rows they complete."""
+        self.require_room(chunks)
         slots = torch.tensor([c.slot for c in chunks])
         seq_lens = torch.tensor([c.start + len(c.token_ids) for c in chunks], dtype=torch.int32)
         counts = torch.tensor([len(c.token_ids) for c in chunks])
         cu_seqlens = F.pad(counts.cumsum(0), (1, 0)).int()
         request, position = locate(seq_lens, cu_seqlens)
-        ring = self._rings[slots]
-        swa, compress = self._freqs
+        ring = self.rings[slots]
+        swa, compress = self.freqs
         block = ring[request, position // BLOCK_TOKENS].long()
         return Batch(
             input_ids=torch.tensor([t for c in chunks for t in c.token_ids]),
@@ -218,11 +231,11 @@ class KVCache:
         the window before that. The rows are written again once their tokens are known.
         """
         n, size = len(ids), len(ids[0])
-        table = self._rings[torch.tensor(slots)].repeat_interleave(size, 0)
+        table = self.rings[torch.tensor(slots)].repeat_interleave(size, 0)
         first = torch.tensor(starts).repeat_interleave(size)
         position = first + torch.arange(size).repeat(n)
         block = table.gather(1, (position // BLOCK_TOKENS).unsqueeze(1)).squeeze(1).long()
-        turns = rope_table(position, self._freqs[0])
+        turns = rope_table(position, self.freqs[0])
         batch = Batch(
             input_ids=torch.tensor(ids).flatten(),
             seq_lens=(first + size).int(),
@@ -238,7 +251,7 @@ class KVCache:
 
     @cached_property
     def _device_freqs(self) -> torch.Tensor:
-        return self._freqs[1].to(self.device)
+        return self.freqs[1].to(self.device)
 
     @property
     def _device_places(self) -> bool:
@@ -253,10 +266,10 @@ class KVCache:
         longest = int(on_host.seq_lens.max())
         made = {}
         for ratio in sorted(set(self.config.compress_ratios) - {0}):
-            table = self._table(ratio, on_host.state_slots).to(freqs.device)
+            table = self.table(ratio, on_host.state_slots).to(freqs.device)
             most = max_new_rows(batch.n_tokens, len(batch.seq_lens), ratio)
             lengths = (batch.seq_lens, batch.cu_seqlens)
-            cos, sin, slots = place(freqs, *lengths, table, self._block_rows(ratio), ratio, most)
+            cos, sin, slots = place(freqs, *lengths, table, self.block_rows(ratio), ratio, most)
             made[ratio] = CompressedRows(
                 block_table=table,
                 slot_mapping=slots,

@@ -49,7 +49,7 @@ def hash_gate_compiled(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score the looked-up experts alone."""
     logits = logits.contiguous()
-    ids = tid2eid[input_ids]
+    ids = tid2eid.index_select(0, input_ids)
     weights = logits.new_empty(ids.shape)
     args = (*logits.shape, ids.shape[1], route_scale)
     _require_experts(_hash_gate(pointer(logits), pointer(ids), pointer(weights), *args), ids)
