@@ -35,11 +35,32 @@ def record_calls(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callabl
     with library.recorded(recording.called), _NoLists(), recording:
         result = run()
 
-    def replay() -> None:
-        for fn, args, kwargs in recording.calls:
-            fn(*args, **kwargs)
+    return result, _Replay(recording.calls, recording.kept)
 
-    return result, replay
+
+class _Replay:
+    """Makes recorded calls again; of those of the compiled library that follow each other, one."""
+
+    def __init__(self, calls: list[Call], kept: list[Any]) -> None:
+        self._kept = kept
+        self._calls: list[Call] = []
+        ours: list[tuple[library.Function, library.Arguments]] = []
+        for fn, args, kwargs in calls:
+            if isinstance(fn, library.Function):
+                ours.append((fn, args))
+                continue
+            self._close(ours)
+            self._calls.append((fn, args, kwargs))
+        self._close(ours)
+
+    def _close(self, ours: list[tuple[library.Function, library.Arguments]]) -> None:
+        if ours:
+            self._calls.append((library.Calls(ours), (), {}))
+            ours.clear()
+
+    def __call__(self) -> None:
+        for fn, args, kwargs in self._calls:
+            fn(*args, **kwargs)
 
 
 class _NoLists(TorchFunctionMode):
@@ -66,7 +87,7 @@ class _Recording(TorchDispatchMode):
         """Leave out what torch would load for a mode to be compiled: 4 seconds."""
         return False
 
-    def called(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def called(self, fn: library.Function, args: library.Arguments) -> None:
         """Note a call of the compiled library."""
         self.calls.append((fn, args, {}))
 

@@ -10,7 +10,7 @@ from v4_ascend.backends.cpu.compiled.library import (
     FEW,
     IS_WIDE,
     MISSING,
-    function,
+    Function,
     is_bf16,
     pointer,
     why_not,
@@ -18,10 +18,10 @@ from v4_ascend.backends.cpu.compiled.library import (
 from v4_ascend.backends.cpu.compiled.rows import rms_norm_compiled, rope_compiled
 from v4_ascend.ops import compress_kv, index_select, sparse_attn
 
-_sparse_attn = function("sparse_attn", "pppiippiipippipfiipiiii")
-_index_select = function("index_select", "ppppiippiiiiipi")
-_compress_kv = function("compress_kv", "pppppppiiiiip")
-_masked_softmax = function("masked_softmax", "pppfiiipi")
+_sparse_attn = Function("sparse_attn", "pppiippiipippipfiipiiii")
+_index_select = Function("index_select", "ppppiippiiiiipi")
+_compress_kv = Function("compress_kv", "pppppppiiiiip")
+_masked_softmax = Function("masked_softmax", "pppfiiipi")
 DECODED = 2  # tokens a sequence brings while it decodes, its draft among them
 # Rows behind the window that all tokens see, from which on products of tiles are faster.
 SHARED_ROWS = 512

@@ -9,16 +9,16 @@ import torch
 from v4_ascend.backends.cpu.compiled.library import (
     IS_WIDE,
     MISSING,
-    function,
+    Function,
     is_bf16,
     pointer,
 )
 from v4_ascend.ops import fp4_gemm, fp8_gemm, grouped_gemm, heads_gemm, linear
 from v4_ascend.ops.formats import E8M0, is_mx
 
-_plain = function("gemv_plain", "ppppiiiiiii")
-_fp8 = function("gemv_fp8", "ppppppiiiiiiiiii")
-_fp4 = function("gemv_fp4", "ppppppiiiiii")
+_plain = Function("gemv_plain", "ppppiiiiiii")
+_fp8 = Function("gemv_fp8", "ppppppiiiiiiiiii")
+_fp4 = Function("gemv_fp4", "ppppppiiiiii")
 BLOCK, MX_GROUP = 128, 32
 # Rows of an expert from which on torch's products are faster: where vectors are wide it has
 # instructions for bf16 too, and a quantised weight it must widen as a whole first.

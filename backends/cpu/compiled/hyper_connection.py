@@ -8,16 +8,16 @@ from torch.nn import functional as F
 from v4_ascend.backends.cpu.compiled.library import (
     FEW,
     MISSING,
-    function,
+    Function,
     is_bf16,
     pointer,
     why_not,
 )
 from v4_ascend.ops import hc_head, hc_post, hc_pre
 
-_hc_pre = function("hc_pre", "ppppppppiiiiffi")
-_hc_head = function("hc_head", "pppppiiiffi")
-_hc_post = function("hc_post", "pppppiiii")
+_hc_pre = Function("hc_pre", "ppppppppiiiiffi")
+_hc_head = Function("hc_head", "pppppiiiffi")
+_hc_post = Function("hc_post", "pppppiiii")
 MAX_HC = 8  # streams, as in csrc/hyper_connection.cpp
 
 

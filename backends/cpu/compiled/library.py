@@ -7,7 +7,8 @@ the plain ones run. It links no OpenMP of its own; its loops run on the threads 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -30,27 +31,65 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _library, MISSING = _load()
-Recorder = Callable[[Callable[..., int], tuple[Any, ...]], None]
-_recorders: list[Recorder] = []
+Arguments = tuple[Any, ...]
 
 
-def function(name: str, arguments: str) -> Callable[..., int]:
-    """Return a function of the library; each argument is a pointer, an integer or a float.
+def _refuse(*_arguments: Any) -> int:
+    raise RuntimeError(str(MISSING))  # why_not has said so already
+
+
+class Function:
+    """A function of the library; each argument is a pointer, an integer or a float.
 
     Most return nothing, and what comes back of them means nothing.
     """
-    if _library is None:
-        return _refuse
-    found: Any = getattr(_library, name)
-    found.argtypes = [_TYPES[a] for a in arguments]
-    found.restype = ctypes.c_int64
 
-    def call(*args: Any) -> int:
+    def __init__(self, name: str, arguments: str) -> None:
+        self.__name__, self._types = name, arguments
+        self._found: Any = _refuse
+        if _library is not None:
+            self._found = getattr(_library, name)
+            self._found.argtypes = [_TYPES[a] for a in arguments]
+            self._found.restype = ctypes.c_int64
+
+    def __call__(self, *args: Any) -> int:
+        """Call it."""
         for note in _recorders:
-            note(found, args)
-        return int(found(*args))
+            note(self, args)
+        return int(self._found(*args))
 
-    return call
+    @property
+    def packed(self) -> int | None:
+        """Where the function lies that takes its arguments from memory."""
+        found = getattr(_library, f"{self.__name__}_packed")
+        return ctypes.cast(found, ctypes.c_void_p).value
+
+    def pack(self, args: Arguments) -> ctypes.Array[ctypes.c_int64]:
+        """Lay arguments out as that function reads them."""
+        words = (
+            int.from_bytes(struct.pack("<f", a), "little") if t == "f" else int(a or 0)
+            for t, a in zip(self._types, args, strict=True)
+        )
+        return (ctypes.c_int64 * len(args))(*words)
+
+
+Recorder = Callable[[Function, Arguments], None]
+_recorders: list[Recorder] = []
+
+
+class Calls:
+    """Calls made one after the other, without Python between them."""
+
+    def __init__(self, calls: Sequence[tuple[Function, Arguments]]) -> None:
+        self._n = len(calls)
+        self._functions = (ctypes.c_void_p * self._n)(*(f.packed for f, _ in calls))
+        self._packed = [f.pack(args) for f, args in calls]
+        self._arguments = (ctypes.c_void_p * self._n)(*map(ctypes.addressof, self._packed))
+        self._make: Any = _library and _library.make_calls
+
+    def __call__(self) -> None:
+        """Make them."""
+        self._make(self._functions, self._arguments, self._n)
 
 
 @contextmanager
@@ -63,12 +102,8 @@ def recorded(note: Recorder) -> Iterator[None]:
         _recorders.remove(note)
 
 
-def _refuse(*_arguments: Any) -> int:
-    raise RuntimeError(str(MISSING))  # why_not has said so already
-
-
 # Whether the machine multiplies sixteen floats at once (AVX-512).
-IS_WIDE = MISSING is None and bool(function("has_wide_vectors", "")())
+IS_WIDE = MISSING is None and bool(Function("has_wide_vectors", "")())
 
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:

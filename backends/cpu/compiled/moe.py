@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import MISSING, function, is_bf16, pointer, why_not
+from v4_ascend.backends.cpu.compiled.library import MISSING, Function, is_bf16, pointer, why_not
 from v4_ascend.ops import Group, hash_gate, moe_combine, moe_dispatch, topk_gate
 
-_topk_gate = function("topk_gate", "ppppiiif")
-_hash_gate = function("hash_gate", "pppiiif")
-_moe_order = function("moe_order", "piipp")
-_moe_gather = function("moe_gather", "pppppiii")
-_moe_combine = function("moe_combine", "pppiiii")
+_topk_gate = Function("topk_gate", "ppppiiif")
+_hash_gate = Function("hash_gate", "pppiiif")
+_moe_order = Function("moe_order", "piipp")
+_moe_gather = Function("moe_gather", "pppppiii")
+_moe_combine = Function("moe_combine", "pppiiii")
 
 
 def _require_experts(n_wrong: int, ids: torch.Tensor) -> None:

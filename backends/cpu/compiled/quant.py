@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import MISSING, function, is_bf16, pointer, why_not
+from v4_ascend.backends.cpu.compiled.library import MISSING, Function, is_bf16, pointer, why_not
 from v4_ascend.backends.cpu.compiled.rows import swiglu_compiled
 from v4_ascend.ops import (
     act_quant,
@@ -17,11 +17,11 @@ from v4_ascend.ops import (
 from v4_ascend.ops.formats import E8M0, FP8
 from v4_ascend.ops.gemm import ACT_GROUP
 
-_act_quant = function("act_quant", "pppiii")
-_fp4_act_quant = function("fp4_act_quant", "pppiii")
-_fp8_round_trip = function("fp8_round_trip", "ppiiiii")
-_fp4_round_trip = function("fp4_round_trip", "ppiii")
-_hadamard = function("hadamard", "ppiii")
+_act_quant = Function("act_quant", "pppiii")
+_fp4_act_quant = Function("fp4_act_quant", "pppiii")
+_fp8_round_trip = Function("fp8_round_trip", "ppiiiii")
+_fp4_round_trip = Function("fp4_round_trip", "ppiii")
+_hadamard = Function("hadamard", "ppiii")
 LANES = 16  # channels that csrc/quant.cpp takes at once
 
 

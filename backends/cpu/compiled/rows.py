@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from v4_ascend.backends.cpu.compiled.library import function, is_bf16, pointer, why_not
+from v4_ascend.backends.cpu.compiled.library import Function, is_bf16, pointer, why_not
 from v4_ascend.ops import head_rms_norm, rms_norm, rope, rope_inverse, store_rows, swiglu
 
-_rms_norm = function("rms_norm", "pppiifi")
-_rope = function("rope", "pppfpiiiii")
-_swiglu = function("swiglu", "pfppiii")
-_store_rows = function("store_rows", "pppiiii")
+_rms_norm = Function("rms_norm", "pppiifi")
+_rope = Function("rope", "pppfpiiiii")
+_swiglu = Function("swiglu", "pfppiii")
+_store_rows = Function("store_rows", "pppiiii")
 
 
 def _why_not_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:

@@ -249,3 +249,7 @@ int64_t compress_kv(const float* kv, float* score, const float* ape, float* stat
   return (pooled - first) / head_dim;
 }
 }
+
+PACKED(sparse_attn)
+PACKED(masked_softmax)
+PACKED(compress_kv)

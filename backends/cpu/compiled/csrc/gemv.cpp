@@ -208,6 +208,10 @@ extern "C" {
 
 int64_t has_wide_vectors() { return has_avx512(); }
 
+void make_calls(const Packed* functions, const int64_t* const* arguments, int64_t n) {
+  for (int64_t i = 0; i < n; i++) functions[i](arguments[i]);
+}
+
 // Rows of activations [n_rows, k], those of one expert behind those of another.
 void gemv_plain(const void* x, const void* weight, const int64_t* group_sizes, void* out,
                 int64_t n_rows, int64_t n_experts, int64_t n, int64_t k, int64_t x_is_bf16,
@@ -238,3 +242,7 @@ void gemv_fp4(const uint8_t* x, const uint8_t* x_scale, const uint8_t* weight,
   multiply(FP4{weight, scale, n, k}, wide.get(), group_sizes, n_experts, n_rows, out, out_is_bf16);
 }
 }
+
+PACKED(gemv_plain)
+PACKED(gemv_fp8)
+PACKED(gemv_fp4)

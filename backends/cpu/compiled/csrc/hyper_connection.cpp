@@ -158,3 +158,7 @@ void hc_post(const void* x, const void* residual, const float* post, const float
   });
 }
 }
+
+PACKED(hc_pre)
+PACKED(hc_head)
+PACKED(hc_post)

@@ -202,3 +202,5 @@ void index_select(const void* q, const void* weights, const void* storage, const
                 (const float*)q, (const float*)weights, heads, ratio, topk, ids);
 }
 }
+
+PACKED(index_select)

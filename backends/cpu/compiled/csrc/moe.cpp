@@ -120,3 +120,9 @@ extern "C" void moe_combine(const void* rows, const int64_t* source, float* out,
       combine((const float*)rows, at, out, begin, end, topk, dim);
   });
 }
+
+PACKED(topk_gate)
+PACKED(hash_gate)
+PACKED(moe_order)
+PACKED(moe_gather)
+PACKED(moe_combine)

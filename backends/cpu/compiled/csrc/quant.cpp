@@ -208,3 +208,9 @@ void fp4_act_quant(const void* x, uint8_t* packed, uint8_t* scale, int64_t group
   });
 }
 }
+
+PACKED(fp8_round_trip)
+PACKED(fp4_round_trip)
+PACKED(hadamard)
+PACKED(act_quant)
+PACKED(fp4_act_quant)

@@ -134,3 +134,8 @@ void store_rows(const void* rows, const int64_t* slots, void* storage, int64_t n
   });
 }
 }
+
+PACKED(rms_norm)
+PACKED(rope)
+PACKED(swiglu)
+PACKED(store_rows)

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "calls.h"
+
 // Compiled once for each of these, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
