@@ -65,7 +65,7 @@ def prefill_command(
     as_json: Json = False,
 ) -> None:
     """Time one prompt, tokens per second; transformers takes it in one step."""
-    work = (prompt, chunk or prompt, 1, rounds)
+    work = (1, prompt, chunk or prompt, 1, rounds)
     _run("prefill", checkpoint, *work, backend, against, as_json)
 
 
@@ -75,13 +75,14 @@ def decode_command(
     prompt: Prompt = 512,
     chunk: Chunk = None,
     tokens: Annotated[int, typer.Option(min=1, help="decoded behind it, one at a time")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="sequences, each behind its own prompt")] = 1,
     rounds: Rounds = 5,
     backend: BackendOption = "cpu",
     against: AgainstOption = None,
     as_json: Json = False,
 ) -> None:
-    """Time one sequence that grows token by token, tokens per second."""
-    work = (prompt, chunk or prompt, tokens, rounds)
+    """Time sequences that grow token by token, tokens per second of all together."""
+    work = (batch, prompt, chunk or prompt, tokens, rounds)
     _run("decode", checkpoint, *work, backend, against, as_json)
 
 
@@ -314,6 +315,7 @@ def ranks_command(
 def _run(
     what: str,
     checkpoint: Path,
+    batch: int,
     prompt: int,
     chunk: int,
     tokens: int,
@@ -336,7 +338,7 @@ def _run(
         speeds = bench(
             Checkpoint(checkpoint),
             found,
-            Workload(prompt=prompt, chunk=chunk, decode=tokens, rounds=rounds),
+            Workload(batch=batch, prompt=prompt, chunk=chunk, decode=tokens, rounds=rounds),
             against_transformers=against is not None,
             progress=progress,
         )

@@ -34,12 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed: a prompt in steps of `chunk` tokens, then tokens decoded one at a time."""
+    """What is timed: a prompt in steps of `chunk` tokens, then tokens decoded one at a time.
+
+    Of `batch` prompts each is prefilled by itself, and a step decodes a token for each.
+    """
 
     prompt: int
     decode: int
     rounds: int
     chunk: int
+    batch: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def bench(
         raise ConfigError("--prompt", f"is longer than {checkpoint.config.max_seq_len} tokens")
     g = torch.Generator().manual_seed(0)
     n = work.prompt + work.decode
-    ids = torch.randint(0, checkpoint.config.vocab_size, (n,), generator=g)
+    ids = torch.randint(0, checkpoint.config.vocab_size, (work.batch, n), generator=g)
     numerics = Numerics.of(checkpoint.config, None, "auto")
     records = cache_records(backend, checkpoint.config, numerics, "fast")
     with torch.inference_mode(), use_policy(backend=backend.name):
@@ -111,11 +115,12 @@ def bench(
                     best[who] = (min(prefill), min(decode))
             rates = rates.or_faster(measure_rates(backend.device()))
             progress(number + 1, work.rounds + 1)
-    speeds = [Speed(who, work.prompt / p, work.decode / d) for who, (p, d) in best.items()]
+    b = work.batch
+    speeds = [Speed(who, b * work.prompt / p, b * work.decode / d) for who, (p, d) in best.items()]
     prompt = step_costs(model, records, workload.Workload(1, work.prompt, 0))
-    middle = workload.Workload(1, 1, work.prompt + work.decode // 2)
+    middle = workload.Workload(b, 1, work.prompt + work.decode // 2)
     token = step_costs(model, records, middle)
-    floor = Speed("floor", work.prompt / prompt.floor(rates), 1 / token.floor(rates))
+    floor = Speed("floor", work.prompt / prompt.floor(rates), b / token.floor(rates))
     return Speeds(speeds, floor, rates, prompt.unit)
 
 
@@ -129,8 +134,8 @@ def _ours(
     kv, index = records
     cache = KVCache(
         model.config,
-        n_slots=1,
-        max_model_len=len(ids),
+        n_slots=work.batch,
+        max_model_len=ids.shape[1],
         max_chunk=work.chunk,
         kv_record=kv,
         index_record=index,
@@ -141,24 +146,25 @@ def _ours(
     graphs = None
     if backend.name in ("cpu", "cuda"):  # as a deployment does
         try:
-            graphs = DecodeGraphs(model, cache, (1,), recorder_of(cache.device))
+            graphs = DecodeGraphs(model, cache, (work.batch,), recorder_of(cache.device))
         except CaptureError as e:
             log.warning("decode steps are not replayed: %s", e)
 
-    def step(begin: int, end: int) -> torch.Tensor:
-        chunks = [Chunk(0, tokens[begin:end], begin)]
+    def step(slots: range, begin: int, end: int) -> torch.Tensor:
+        chunks = [Chunk(slot, tokens[slot][begin:end], begin) for slot in slots]
         streams = graphs.streams(chunks) if graphs is not None else None
         if streams is None:
-            streams = model(cache.batch(chunks), cache.layers)[-1:]
+            streams = model(cache.batch(chunks), cache.layers)[-len(slots) :]
         return model.logits(streams).cpu()
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()
-        for begin in range(0, work.prompt, work.chunk):
-            step(begin, min(begin + work.chunk, work.prompt))
+        for slot in range(work.batch):
+            for begin in range(0, work.prompt, work.chunk):
+                step(range(slot, slot + 1), begin, min(begin + work.chunk, work.prompt))
         middle = time.perf_counter()
-        for position in range(work.prompt, len(tokens)):
-            step(position, position + 1)
+        for position in range(work.prompt, ids.shape[1]):
+            step(range(work.batch), position, position + 1)
         return middle - start, time.perf_counter() - middle
 
     return run
@@ -166,15 +172,14 @@ def _ours(
 
 def _transformers(checkpoint: Checkpoint, work: Workload, ids: torch.Tensor) -> Round:
     model = load_transformers(checkpoint)
-    tokens = ids.unsqueeze(0)
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()
-        out = model(tokens[:, : work.prompt], use_cache=True, logits_to_keep=1)
+        out = model(ids[:, : work.prompt], use_cache=True, logits_to_keep=1)
         middle = time.perf_counter()
-        for position in range(work.prompt, tokens.shape[1]):
+        for position in range(work.prompt, ids.shape[1]):
             out = model(
-                tokens[:, position : position + 1],
+                ids[:, position : position + 1],
                 past_key_values=out.past_key_values,
                 use_cache=True,
                 logits_to_keep=1,
