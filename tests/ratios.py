@@ -45,10 +45,21 @@ def of_bytes(ours, theirs):
     return lambda data: data["bytes_per_s"][ours] / data["bytes_per_s"][theirs]
 
 
+def of_floor(data):
+    """Ours over what the machine could do at the rates measured beside it."""
+    (ours,) = data["tokens_per_s"].values()
+    return ours / data["floor"]
+
+
 TINY = ("--preset", "tiny", "--format", "fp32")
+WIDE = ("--preset", "wide", "--format", "fp8")
+BEHIND_2K = ("--prompt", "2048", "--chunk", "2048", "--rounds", "3")
 RATIOS = {
     "prefill": Ratio("of transformers", TINY, ("prefill", *AGAINST), of_sides, 1.2),
-    "decode": Ratio("of transformers", TINY, ("decode", *AGAINST), of_sides, 2.5),
+    "decode": Ratio("of transformers", TINY, ("decode", *AGAINST), of_sides, 8.0),
+    "batch": Ratio("of transformers", TINY, ("decode", "--batch", "8", *AGAINST), of_sides, 3.0),
+    "prefill-floor": Ratio("of the floor", WIDE, ("prefill", *BEHIND_2K), of_floor, 0.5),
+    "decode-floor": Ratio("of the floor", WIDE, ("decode", *BEHIND_2K), of_floor, 0.35),
     "generate": Ratio(
         "of transformers, prompt by prompt", TINY, ("generate", *AGAINST), of_sides, 5.0
     ),

@@ -31,6 +31,9 @@ def test_both_sides_are_timed_on_the_same_checkpoint(tmp_path):
     assert done.exit_code == 0, done.exception
     for part in ("| decode, ", "| v4-ascend, cpu | ", "| transformers | ", "| ratio | "):
         assert part in done.stdout
+    done = _run("decode", *where, "--tokens", 2, "--batch", 3, "--against", "transformers")
+    assert done.exit_code == 0, done.exception
+    assert "| ratio | " in done.stdout
     done = _run("prefill", *where, "--json")
     rates = json.loads(done.stdout)["data"]["tokens_per_s"]
     assert list(rates) == ["v4-ascend, cpu"]
