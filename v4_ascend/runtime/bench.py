@@ -6,7 +6,6 @@ machine does hits both; the best round counts.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +15,18 @@ import torch
 
 from v4_ascend.backends import Backend
 from v4_ascend.checkpoint.reader import Checkpoint
-from v4_ascend.errors import BackendUnavailableError, CaptureError, ConfigError
+from v4_ascend.errors import BackendUnavailableError, ConfigError
 from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import use_policy
 from v4_ascend.runtime import workload
 from v4_ascend.runtime.bench_ops import Rates, measure_rates
-from v4_ascend.runtime.graphs import DecodeGraphs, recorder_of
+from v4_ascend.runtime.graphs import decoding
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
 from v4_ascend.runtime.op_workloads import Unit
 from v4_ascend.runtime.parity import cache_records
 from v4_ascend.runtime.step_costs import step_costs
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,19 +140,11 @@ def _ours(
         min_page_rows=backend.min_page_rows,
     )
     tokens = ids.tolist()
-    graphs = None
-    if backend.name in ("cpu", "cuda"):  # as a deployment does
-        try:
-            graphs = DecodeGraphs(model, cache, (work.batch,), recorder_of(cache.device))
-        except CaptureError as e:
-            log.warning("decode steps are not replayed: %s", e)
+    streams = decoding(model, cache, work.batch)
 
     def step(slots: range, begin: int, end: int) -> torch.Tensor:
         chunks = [Chunk(slot, tokens[slot][begin:end], begin) for slot in slots]
-        streams = graphs.streams(chunks) if graphs is not None else None
-        if streams is None:
-            streams = model(cache.batch(chunks), cache.layers)[-len(slots) :]
-        return model.logits(streams).cpu()
+        return model.logits(streams(chunks)[-len(slots) :]).cpu()
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()

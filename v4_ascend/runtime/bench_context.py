@@ -22,6 +22,7 @@ from v4_ascend.model.numerics import Numerics
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.ops import store_rows, use_policy
 from v4_ascend.runtime.bench_ops import Rates
+from v4_ascend.runtime.graphs import decoding
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 from v4_ascend.runtime.load import load_model
 from v4_ascend.runtime.parity import cache_records
@@ -80,16 +81,19 @@ def bench_context(
         )
         for number, batch in enumerate(batches):
             fitting = [c for c in sorted(contexts) if not _why_not(config, records, batch, c)]
-            cache = filled_cache(config, records, batch, max(fitting), backend) if fitting else None
+            cache = step = None
+            if fitting:
+                cache = filled_cache(config, records, batch, max(fitting), backend)
+                step = decoding(model, cache, batch)
             for context in sorted(contexts):
                 costs = step_costs(model, records, Workload(batch, 1, context))
                 floor = costs.floor(rates)
                 counted = (costs.weight_bytes, costs.cache_bytes, costs.operations)
-                if cache is None or context not in fitting:
+                if cache is None or step is None or context not in fitting:
                     why = _why_not(config, records, batch, context) or ""
                     yield Point(batch, context, 0.0, floor, *counted, why=why)
                     continue
-                seconds = _time(model, cache, context, n_steps)
+                seconds = _time(model, cache, step, context, n_steps)
                 yield Point(batch, context, seconds, floor, *counted)
             progress(number + 1, len(batches))
 
@@ -148,7 +152,13 @@ def _fill(storage: torch.Tensor, record: str, width: int, g: torch.Generator) ->
         store_rows(storage, rows.to(torch.bfloat16), slots, record)
 
 
-def _time(model: Transformer, cache: KVCache, context: int, n_steps: int) -> float:
+def _time(
+    model: Transformer,
+    cache: KVCache,
+    step: Callable[[Sequence[Chunk]], torch.Tensor],
+    context: int,
+    n_steps: int,
+) -> float:
     """Decode the last tokens of every sequence's context; return a step's median seconds."""
     seconds = []
     for position in range(context - WARM - n_steps, context):
@@ -156,7 +166,6 @@ def _time(model: Transformer, cache: KVCache, context: int, n_steps: int) -> flo
         chunks = [Chunk(slot, [(token + slot) % model.config.vocab_size], position)
                   for slot in range(cache.n_slots)]  # fmt: skip
         start = time.perf_counter()
-        batch = cache.batch(chunks)
-        model.logits(model(batch, cache.layers)).cpu()
+        model.logits(step(chunks)).cpu()
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[WARM:])[n_steps // 2]

@@ -9,6 +9,7 @@ repeats its first ones, whose rows are computed and written twice alike.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 import torch
 
 from v4_ascend.backends.cpu.recorder import record_calls
-from v4_ascend.errors import ParityError
+from v4_ascend.errors import CaptureError, ParityError
 from v4_ascend.model.batch import Batch, overwrite
 from v4_ascend.model.transformer import Transformer
 from v4_ascend.runtime.decode_layout import DecodeLayout
 from v4_ascend.runtime.kv_cache import Chunk, KVCache
 
+log = logging.getLogger(__name__)
 WARM_UPS = 2  # runs before a capture: kernels compile, libraries choose theirs
 
 
@@ -56,6 +58,27 @@ class DeviceGraphs:
 def recorder_of(device: torch.device) -> Recorder:
     """Return how a device records: a CPU its calls, others their launches."""
     return record_calls if device.type == "cpu" else DeviceGraphs(device)
+
+
+def decoding(
+    model: Transformer, cache: KVCache, size: int
+) -> Callable[[Sequence[Chunk]], torch.Tensor]:
+    """Return what runs a step of `cache`, replayed where it decodes up to `size` sequences.
+
+    As a deployment does; where steps cannot be captured a warning says why.
+    """
+    graphs = None
+    if cache.device.type in ("cpu", "cuda"):
+        try:
+            graphs = DecodeGraphs(model, cache, (size,), recorder_of(cache.device))
+        except CaptureError as e:
+            log.warning("decode steps are not replayed: %s", e)
+
+    def streams(chunks: Sequence[Chunk]) -> torch.Tensor:
+        replayed = graphs.streams(chunks) if graphs is not None else None
+        return model(cache.batch(chunks), cache.layers) if replayed is None else replayed
+
+    return streams
 
 
 @dataclass(frozen=True)
