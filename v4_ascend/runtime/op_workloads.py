@@ -18,7 +18,7 @@ import torch
 from v4_ascend.config.model import ModelConfig
 from v4_ascend.ops.compress_kv import row_positions, state_rows
 from v4_ascend.ops.ragged import max_new_rows
-from v4_ascend.ops.records import RECORDS
+from v4_ascend.ops.records import INDEX_FP4_GROUP, KV_GROUP, RECORDS
 from v4_ascend.ops.rope import rope_freqs, rope_table
 from v4_ascend.runtime.workload import BF16, Maker, Workload
 
@@ -156,6 +156,10 @@ def _indexer(c: ModelConfig, work: Workload, make: Maker, record: str) -> Iterat
     queries = work.n * c.index_n_heads * (c.index_head_dim + 1) * 2
     keys = work.distinct(work.seen(4), 4) * _width(record, c.index_head_dim)
     products = 2.0 * work.n * c.index_n_heads * c.index_head_dim * work.seen(4)
+    rotated = partial(_queries, c, work.n, make)
+    moved = work.n * c.index_n_heads * c.index_head_dim * 2 * 2
+    yield Call("hadamard", "", rotated, moved)
+    yield Call("fp4_round_trip", "", lambda: rotated() | {"group_size": INDEX_FP4_GROUP}, moved)
     select = partial(_select, c, work, make, record)
     yield Call("index_select", "", select, queries + keys + work.n * c.index_topk * 4, products)
     if work.n * n_rows > MAX_SCORES:
@@ -203,6 +207,8 @@ def _attention(c: ModelConfig, work: Workload, make: Maker, record: str) -> Iter
         )
     yield Call("head_rms_norm", "", partial(_head_norm, c, work.n, make), 2 * q_bytes)
     yield Call("rope", "", partial(_rope, c, work.n, make), 2 * q_bytes)
+    stored = partial(_stored, c, work.n, make)
+    yield Call("fp8_round_trip", "", stored, work.n * c.head_dim * 2 * 2)
 
 
 def _attend(
@@ -239,6 +245,15 @@ def _chosen(make: Maker, work: Workload, topk: int) -> torch.Tensor:
     return torch.where(row < seen.unsqueeze(1), row, -1).int()
 
 
+def _queries(c: ModelConfig, n: int, make: Maker) -> dict[str, Any]:
+    return {"x": make.normal(n, c.index_n_heads, c.index_head_dim)}
+
+
+def _stored(c: ModelConfig, n: int, make: Maker) -> dict[str, Any]:
+    kept = {"group_size": KV_GROUP, "n_kept": c.rope_head_dim}
+    return {"x": make.normal(n, c.head_dim)} | kept
+
+
 def _head_norm(c: ModelConfig, n: int, make: Maker) -> dict[str, Any]:
     return {"q": make.normal(n, c.n_heads, c.head_dim), "eps": c.norm_eps}
 
@@ -258,6 +273,22 @@ def _products(c: ModelConfig, work: Workload, make: Maker) -> Iterator[Call]:
         nbytes = work.n * k * (1 + 1 / 128) + n * k + work.n * n * 2
         inputs = partial(_product, work.n, n, k, make)
         yield Call("fp8_gemm", what, inputs, nbytes, 2.0 * work.n * n * k, "fp8")
+    groups, n, k = c.o_groups, c.o_lora_rank, c.n_heads * c.head_dim // c.o_groups
+    nbytes = groups * (work.n * (n + k) + n * k) * 2.0
+    heads = partial(_heads, work.n, groups, n, k, make)
+    yield Call("heads_gemm", "wo_a", heads, nbytes, 2.0 * work.n * groups * n * k)
+    n, k = c.n_routed_experts, c.dim
+    nbytes = (work.n * (n + k) + n * k) * 4.0
+    scores = partial(_linear, work.n, n, k, make)
+    yield Call("linear", "gate", scores, nbytes, 2.0 * work.n * n * k, "fp32")
+
+
+def _heads(m: int, groups: int, n: int, k: int, make: Maker) -> dict[str, Any]:
+    return {"x": make.normal(m, groups, k), "weight": make.normal(groups, n, k)}
+
+
+def _linear(m: int, n: int, k: int, make: Maker) -> dict[str, Any]:
+    return {"x": make.normal(m, k, dtype=FP32), "weight": make.normal(n, k, dtype=FP32)}
 
 
 def _product(m: int, n: int, k: int, make: Maker) -> dict[str, Any]:
