@@ -339,13 +339,13 @@ def test_a_full_disk_and_a_denied_file_are_errors_and_nothing_half_is_whole(
     real_open = os.open
 
     def denied(path, *args, **kwargs):
-        if "checkpoint/model-00004" in str(path):
+        if "checkpoint/model-" in str(path):  # of those that are left: which depends on threads
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real_open(path, *args, **kwargs)
 
     with monkeypatch.context() as m:
         m.setattr(os, "open", denied)
-        with pytest.raises(ShardError, match="model-00004.*: Permission denied"):
+        with pytest.raises(ShardError, match=r"model-\d+.*: Permission denied"):
             job(checkpoint, "w8a8").run(out, resume=True)
     job(checkpoint, "w8a8").run(out, resume=True)
     CheckpointFolder(out).require_complete()

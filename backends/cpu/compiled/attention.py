@@ -120,7 +120,7 @@ def _why_not_select(
 ) -> str | None:
     if MISSING is None and not q.dtype == weights.dtype == storage.dtype:
         return f"q is {q.dtype}, weights {weights.dtype}, keys {storage.dtype}"
-    return why_not(q) or _is_decode(len(q), seq_lens)
+    return why_not(q) or (None if IS_WIDE else _is_decode(len(q), seq_lens))
 
 
 @index_select.kernel("cpu", provider="c++", why_not=_why_not_select)
@@ -136,6 +136,8 @@ def index_select_compiled(
     topk: int,
 ) -> torch.Tensor:
     """Score each token's rows where they lie, find the threshold, take what is above it.
+
+    Tokens of a prompt share a look at sixteen keys, and no scores leave the cache.
 
     As wide as what the table can hold, or topk: lengths are not looked at here.
     """

@@ -1,4 +1,4 @@
-// The lightning indexer of few tokens: the scores of all rows they see, and the choice among them.
+// The lightning indexer: scores of all rows that tokens see, and the choice among them.
 #include "pages.h"
 
 namespace {
@@ -7,6 +7,9 @@ constexpr int MOST_HEADS = 16;  // whose sums are in registers at once
 constexpr int NARROW_HEADS = 4;
 constexpr int64_t AHEAD = 2 * LANES;  // keys asked for before they are scored: pages lie anywhere
 constexpr int64_t LINE = 64;
+constexpr int64_t TILE = 16;  // tokens of one request that share a look at its keys
+constexpr int64_t NEAR_SCORES = 1 << 17;  // of a tile, which stay near
+constexpr int64_t FEW = 64;  // tokens; of more, threads take tiles
 
 INLINE f32x4 load4(const float* p) {
   f32x4 v;
@@ -90,39 +93,65 @@ INLINE void add_all_heads(const float* q, const float* weights, const float* key
   }
 }
 
-// Scores of keys [begin, end) of one request.
+// NaN as the highest score: torch's top-k takes it for the largest, too.
+template <typename F>
+INLINE F nan_highest(F v) {
+  if constexpr (std::is_same_v<F, Pair>)
+    return {nan_highest(v.low), nan_highest(v.high)};
+  else
+    return v == v ? v : F{} + INFINITY;
+}
+
+// Tokens of one request, and what the indexer asks for them: q [n, heads, dim], weights [n, heads].
+struct Queries {
+  const Token* tokens;
+  int64_t n, heads, ratio;
+  const float *q, *weights;
+
+  int64_t seen(int64_t t) const { return (tokens[t].position + 1) / ratio; }
+};
+
+// Scores of keys [begin, end) at out + token * stride, sixteen at a time: those behind the last key
+// that a token sees mean nothing.
 template <typename V, int H, typename Q>
-INLINE void score_rows(const Pages<Q>& keys, const float* q, const float* weights, int64_t request,
-                       int64_t heads, int64_t begin, int64_t end, float* out) {
+INLINE void score_rows(const Pages<Q>& keys, const Queries& asked, int64_t begin, int64_t end,
+                       float* out, int64_t stride) {
   std::vector<float> near(keys.dim * LANES);
+  int64_t request = asked.tokens[0].request, width = asked.heads * keys.dim;
   for (int64_t first = begin; first < end; first += LANES) {
-    int64_t here = std::min(LANES, end - first);
     const Q* rows[LANES];
     for (int64_t r = 0; r < LANES; r++) {
-      rows[r] = keys.row(request, first + std::min(r, here - 1));
+      rows[r] = keys.row(request, std::min(first + r, end - 1));
       const Q* later = keys.row(request, std::min(first + AHEAD + r, end - 1));
       for (int64_t c = 0; c < keys.dim; c += LINE / sizeof(Q)) __builtin_prefetch(later + c);
     }
     transpose(rows, keys.dim, near.data());
-    V total = {};
-    add_all_heads<Q, H>(q, weights, near.data(), heads, keys.dim, total);
-    float scores[LANES];
-    store(scores, rounded_lanes<Q>(total));
-    for (int64_t r = 0; r < here; r++)  // torch's top-k takes NaN for the largest, too
-      out[first + r] = std::isnan(scores[r]) ? INFINITY : scores[r];
+    for (int64_t t = 0; t < asked.n; t++) {
+      if (first >= asked.seen(t)) continue;
+      V total = {};
+      add_all_heads<Q, H>(asked.q + t * width, asked.weights + t * asked.heads, near.data(),
+                          asked.heads, keys.dim, total);
+      store(out + t * stride + first, nan_highest(rounded_lanes<Q>(total)));
+    }
   }
 }
 
 template <typename Q>
-AVX512 void score_wide(const Pages<Q>& keys, const float* q, const float* weights, int64_t request,
-                       int64_t heads, int64_t begin, int64_t end, float* out) {
-  score_rows<f32x16, MOST_HEADS>(keys, q, weights, request, heads, begin, end, out);
+AVX512 void score_wide(const Pages<Q>& keys, const Queries& asked, int64_t begin, int64_t end,
+                       float* out, int64_t stride) {
+  score_rows<f32x16, MOST_HEADS>(keys, asked, begin, end, out, stride);
 }
 
 template <typename Q>
-CLONES void score_narrow(const Pages<Q>& keys, const float* q, const float* weights,
-                         int64_t request, int64_t heads, int64_t begin, int64_t end, float* out) {
-  score_rows<Pair, NARROW_HEADS>(keys, q, weights, request, heads, begin, end, out);
+CLONES void score_narrow(const Pages<Q>& keys, const Queries& asked, int64_t begin, int64_t end,
+                         float* out, int64_t stride) {
+  score_rows<Pair, NARROW_HEADS>(keys, asked, begin, end, out, stride);
+}
+
+template <typename Q>
+void score(const Pages<Q>& keys, const Queries& asked, int64_t begin, int64_t end, float* out,
+           int64_t stride) {
+  (has_avx512() ? score_wide<Q> : score_narrow<Q>)(keys, asked, begin, end, out, stride);
 }
 
 // Scores in the order of unsigned numbers.
@@ -163,26 +192,60 @@ void choose(const float* score, int64_t n, int64_t topk, int32_t* ids) {
   std::fill(ids + found, ids + topk, -1);
 }
 
+// Requests' tokens, in tiles that share a look at the keys.
+struct Tile {
+  int64_t begin, end;
+};
+
+std::vector<Tile> tiles_of(const std::vector<Token>& tokens, int64_t most) {
+  std::vector<Tile> tiles;
+  for (int64_t t = 0; t < int64_t(tokens.size()); t++) {
+    bool goes_on = !tiles.empty() && tiles.back().end - tiles.back().begin < most &&
+                   tokens[tiles.back().begin].request == tokens[t].request;
+    if (goes_on)
+      tiles.back().end++;
+    else
+      tiles.push_back({t, t + 1});
+  }
+  return tiles;
+}
+
+// Many tokens, by tiles; few, by parts of the keys that each one sees.
 template <typename Q>
 void select_rows(const Pages<Q>& keys, const std::vector<Token>& tokens, const Q* q,
                  const Q* weights, int64_t heads, int64_t ratio, int64_t topk, int32_t* ids) {
-  int64_t n_tokens = int64_t(tokens.size()), width = heads * keys.dim;
-  std::vector<float> wide(n_tokens * width), wide_weights(n_tokens * heads);
-  widen(q, n_tokens * width, wide.data());
-  widen(weights, n_tokens * heads, wide_weights.data());
-  std::vector<float> scores;
-  for (int64_t t = 0; t < n_tokens; t++) {
-    int64_t seen = (tokens[t].position + 1) / ratio;
-    scores.resize(seen);
-    const float *own = wide.data() + t * width, *w = wide_weights.data() + t * heads;
+  int64_t n_tokens = int64_t(tokens.size()), width = heads * keys.dim, longest = 0;
+  for (const Token& token : tokens) longest = std::max(longest, (token.position + 1) / ratio);
+  int64_t stride = (longest + LANES - 1) / LANES * LANES;
+  int64_t most = std::clamp<int64_t>(NEAR_SCORES / std::max<int64_t>(stride, 1), 1, TILE);
+  std::vector<Tile> tiles = tiles_of(tokens, most);
+  int64_t n_tiles = int64_t(tiles.size());
+  bool are_many = n_tokens > FEW;
+  auto choose_for = [&](const Tile& tile) {
+    int64_t n = tile.end - tile.begin;
+    std::vector<float> wide(n * width), wide_weights(n * heads), scores(n * stride);
+    widen(q + tile.begin * width, n * width, wide.data());
+    widen(weights + tile.begin * heads, n * heads, wide_weights.data());
+    Queries asked{&tokens[tile.begin], n, heads, ratio, wide.data(), wide_weights.data()};
+    int64_t seen = asked.seen(n - 1);
     float* out = scores.data();
-    parallel((seen + LANES - 1) / LANES, LANES * width, [&](int64_t begin, int64_t end) {
-      int64_t first = begin * LANES, last = std::min(end * LANES, seen);
-      auto score = has_avx512() ? score_wide<Q> : score_narrow<Q>;
-      score(keys, own, w, tokens[t].request, heads, first, last, out);
-    });
-    choose(out, seen, topk, ids + t * topk);
+    if (are_many)
+      score(keys, asked, 0, seen, out, stride);
+    else
+      parallel((seen + LANES - 1) / LANES, n * LANES * width, [&](int64_t begin, int64_t end) {
+        score(keys, asked, begin * LANES, std::min(end * LANES, seen), out, stride);
+      });
+    for (int64_t t = 0; t < n; t++)
+      choose(out + t * stride, asked.seen(t), topk, ids + (tile.begin + t) * topk);
+  };
+  if (!are_many) {
+    for (const Tile& tile : tiles) choose_for(tile);
+    return;
   }
+  // Later tokens see more keys: early and late tiles take turns, so that halves take as long.
+  parallel(n_tiles, most * longest * width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) choose_for(tiles[i % 2 ? n_tiles - 1 - i / 2 : i / 2]);
+  });
 }
 
 }  // namespace
