@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from v4_ascend.backends.cpu.memory import give_back_freed_memory
 from v4_ascend.checkpoint.header import TensorHeader
 from v4_ascend.checkpoint.read_ahead import ReadAhead
 from v4_ascend.checkpoint.reader import Checkpoint, RankCheckpoint
@@ -52,7 +53,9 @@ def load_model(
     total = sum(h.nbytes // (part.count if part else 1) for h, part in parts)
     with ReadAhead(parts, shared) as ahead:
         source = _counted(ahead, total, progress, device)
-        return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+        model = Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+    give_back_freed_memory()
+    return model
 
 
 def load_rank(
@@ -88,7 +91,9 @@ def load_rank(
     headers = checkpoint.headers.values()
     with ReadAhead((h, None) for h in headers) as ahead:
         source = _counted(ahead, sum(h.nbytes for h in headers), progress, device)
-        return Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+        model = Transformer.read(source, config, numerics, with_drafter=with_drafter, shard=shard)
+    give_back_freed_memory()
+    return model
 
 
 def open_for_rank(path: Path, plan: Plan, rank: int) -> Checkpoint | RankCheckpoint:
