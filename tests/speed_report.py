@@ -1,6 +1,6 @@
 """Measure what our pages say of a CPU's speed: ``python tests/speed_report.py``.
 
-It takes some ten minutes of an idle machine and writes docs/reports/DATE-cpu/speed.json;
+It takes a quarter of an hour of an idle machine and writes docs/reports/DATE-cpu/speed.json;
 `tests/test_speed_doc.py`, run as a script, then renews the pages. Every run times both of its
 sides, and what the machine can do.
 """

@@ -11,9 +11,9 @@ from v4_ascend.ops import OPS
 from v4_ascend.ops.int8_fused import is_let_go
 from v4_ascend.ops.op import Op
 
-# Fp8 values or e8m0 scales come out.
-MAKES_NARROW = ("act_quant", "fp4_act_quant", "swiglu_act_quant")
-ROUNDS_NARROW = ("fp8_round_trip", "fp4_round_trip")  # such values are made and taken back
+# Fp8 values or e8m0 scales come out, or are made and taken back.
+MAKES_NARROW = dict.fromkeys(("act_quant", "fp4_act_quant", "swiglu_act_quant"), "the result")
+MAKES_NARROW |= dict.fromkeys(("fp8_round_trip", "fp4_round_trip"), "what is rounded to")
 LETS_GO = {"grouped_int8_gemm_swiglu": "weight", "expert_layer": "w13"}  # when it is prepared
 NARROW_RECORDS = ("fp8", "fp4")
 
@@ -28,7 +28,7 @@ def _is_narrow(value: Any) -> bool:
 
 
 def _register(op: Op[..., Any]) -> None:
-    makes_narrow, rounds_narrow = op.name in MAKES_NARROW, op.name in ROUNDS_NARROW
+    made = [MAKES_NARROW[op.name]] if op.name in MAKES_NARROW else []
     may_round = "fp8" in op.signature.parameters
     may_lack = LETS_GO.get(op.name)
 
@@ -40,12 +40,11 @@ def _register(op: Op[..., Any]) -> None:
             return None
         # Asked at every call: names are looked up for a refusal alone.
         is_given = True in map(_is_narrow, (*args, *kwargs.values()))
-        if not (makes_narrow or rounds_narrow or may_round or is_given):
+        if not (made or may_round or is_given):
             return None
         values = op.signature.bind(*args, **kwargs).arguments
         narrow = [name for name, value in values.items() if _is_narrow(value)]
-        narrow += ["the result"] * makes_narrow + ["what is rounded to"] * rounds_narrow
-        narrow += ["fp8 rows"] * bool(values.get("fp8"))
+        narrow += made + ["fp8 rows"] * bool(values.get("fp8"))
         if not narrow:
             return None
         return (

@@ -140,7 +140,7 @@ def _ours(
         min_page_rows=backend.min_page_rows,
     )
     tokens = ids.tolist()
-    streams = decoding(model, cache, work.batch)
+    streams = decoding(model, cache, work.batch, backend.name)
 
     def step(slots: range, begin: int, end: int) -> torch.Tensor:
         chunks = [Chunk(slot, tokens[slot][begin:end], begin) for slot in slots]

@@ -84,7 +84,7 @@ def bench_context(
             cache = step = None
             if fitting:
                 cache = filled_cache(config, records, batch, max(fitting), backend)
-                step = decoding(model, cache, batch)
+                step = decoding(model, cache, batch, backend.name)
             for context in sorted(contexts):
                 costs = step_costs(model, records, Workload(batch, 1, context))
                 floor = costs.floor(rates)

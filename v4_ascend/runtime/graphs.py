@@ -61,14 +61,14 @@ def recorder_of(device: torch.device) -> Recorder:
 
 
 def decoding(
-    model: Transformer, cache: KVCache, size: int
+    model: Transformer, cache: KVCache, size: int, backend: str
 ) -> Callable[[Sequence[Chunk]], torch.Tensor]:
     """Return what runs a step of `cache`, replayed where it decodes up to `size` sequences.
 
     As a deployment does; where steps cannot be captured a warning says why.
     """
     graphs = None
-    if cache.device.type in ("cpu", "cuda"):
+    if backend in ("cpu", "cuda"):  # MindSpore's calls on a CPU are none that torch sees
         try:
             graphs = DecodeGraphs(model, cache, (size,), recorder_of(cache.device))
         except CaptureError as e:

@@ -88,12 +88,12 @@ PLAIN_ROWS = [case for case in index_select.cases() if case.id.startswith(("fp32
 @pytest.mark.parametrize("case", PLAIN_ROWS, ids=lambda case: case.id)
 def test_choices(narrow, monkeypatch, case):
     inputs = case.make(torch.Generator().manual_seed(0))
-    took = []
+    took, types = [], attention._index_select._types
 
     def call(*args):
         took.append(args)
-        types = [library._TYPES[t] for t in "ppppiippiiiiipi"]
-        narrow.index_select(*(make(a) for make, a in zip(types, args, strict=True)))
+        makers = (library._TYPES[t] for t in types)
+        narrow.index_select(*(make(a) for make, a in zip(makers, args, strict=True)))
 
     monkeypatch.setattr(attention, "_index_select", call)
     got = attention.index_select_compiled(**inputs)

@@ -11,18 +11,6 @@ constexpr int64_t TILE = 16;  // tokens of one request that share a look at its 
 constexpr int64_t NEAR_SCORES = 1 << 17;  // of a tile, which stay near
 constexpr int64_t FEW = 64;  // tokens; of more, threads take tiles
 
-INLINE f32x4 load4(const float* p) {
-  f32x4 v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-INLINE f32x4 load4(const bf16* p) {
-  u16x4 v;
-  memcpy(&v, p, sizeof v);
-  return (f32x4)(__builtin_convertvector(v, u32x4) << 16);
-}
-
 // Sixteen rows side by side: channel c of all of them at out + c * LANES.
 template <typename Q>
 INLINE void transpose(const Q* const* rows, int64_t dim, float* out) {
@@ -30,7 +18,7 @@ INLINE void transpose(const Q* const* rows, int64_t dim, float* out) {
   for (; c + 4 <= dim; c += 4) {
     for (int64_t r = 0; r < LANES; r += 4) {
       f32x4 v[4], half[4];
-      for (int i = 0; i < 4; i++) v[i] = load4(rows[r + i] + c);
+      for (int i = 0; i < 4; i++) load(rows[r + i] + c, v[i]);
       const i32x4 low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5};
       half[0] = __builtin_shuffle(v[0], v[1], low);
       half[1] = __builtin_shuffle(v[2], v[3], low);
@@ -161,7 +149,8 @@ INLINE uint32_t rank_of(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The topk-th highest of n scores: its first bits by counting, the others among those that share them.
+// The topk-th highest of n scores: its first bits by counting, the others among those that share
+// them.
 float threshold_of(const float* score, int64_t n, int64_t topk) {
   constexpr int BITS = 12;
   std::vector<int32_t> counts(1 << BITS);

@@ -133,7 +133,7 @@ CLONES void rotate(const T* x, T* out, int64_t begin, int64_t end, int64_t n) {
     widen(x + r * n, n, row.data());
     for (int64_t i = 0; i < n; i += 4) {
       f32x4 v;
-      memcpy(&v, &row[i], sizeof v);
+      load(&row[i], v);
       v = v * pairs + __builtin_shuffle(v, i32x4{1, 0, 3, 2});
       v = v * fours + __builtin_shuffle(v, i32x4{2, 3, 0, 1});
       memcpy(&row[i], &v, sizeof v);
@@ -142,8 +142,8 @@ CLONES void rotate(const T* x, T* out, int64_t begin, int64_t end, int64_t n) {
       for (int64_t first = 0; first < n; first += 2 * apart) {
         for (int64_t i = first; i < first + apart; i += 4) {
           f32x4 a, b;
-          memcpy(&a, &row[i], sizeof a);
-          memcpy(&b, &row[i + apart], sizeof b);
+          load(&row[i], a);
+          load(&row[i + apart], b);
           f32x4 above = a + b, below = a - b;
           memcpy(&row[i], &above, sizeof above);
           memcpy(&row[i + apart], &below, sizeof below);

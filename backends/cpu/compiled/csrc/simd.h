@@ -136,6 +136,14 @@ INLINE void operator+=(Pair& a, Pair b) {
 INLINE void load(const float* p, f32x16& v) { v = load(p); }
 INLINE void load(const bf16* p, f32x16& v) { v = load(p); }
 
+INLINE void load(const float* p, f32x4& v) { memcpy(&v, p, sizeof v); }
+
+INLINE void load(const bf16* p, f32x4& v) {
+  u16x4 half;
+  memcpy(&half, p, sizeof half);
+  v = (f32x4)(__builtin_convertvector(half, u32x4) << 16);
+}
+
 INLINE void load(const float* p, Pair& v) {
   memcpy(&v.low, p, sizeof v.low);
   memcpy(&v.high, p + 8, sizeof v.high);

@@ -17,7 +17,8 @@ struct E4M3Halves {
         for (exponent = 1; fraction < 8; exponent--) fraction *= 2;
         fraction -= 8;
       }
-      bits[code] = uint16_t(code == 0 ? 0 : code == 127 ? 0x7FC0 : (exponent + 120) << 7 | fraction << 4);
+      int half = (exponent + 120) << 7 | fraction << 4;
+      bits[code] = uint16_t(code == 0 ? 0 : code == 127 ? 0x7FC0 : half);
     }
   }
 };
